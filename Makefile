@@ -1,0 +1,49 @@
+# Every target does its own set-up. ENGINE=vllm runs the demo on vLLM.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE ?= transformers
+TORCH ?= torch==2.13.0
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo bench check format protos up clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## create .venv with everything that this machine can run
+
+$(VENV)/.installed: pyproject.toml scripts/install.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" ./scripts/install.sh $(VENV)
+	@touch $@
+
+demo: install ## PPO on a small story model, end to end, with a report
+	$(BIN)/tether demo --engine $(ENGINE) $(DEMO_FLAGS)
+
+up: install ## the four services on this machine, until Ctrl-C
+	$(BIN)/tether up --engine $(ENGINE)
+
+test: install ## all tests, real vLLM included where it is installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: install ## the benchmark tables
+	$(BIN)/python benchmarks/demo_seeds.py
+
+check: install ## format, lint, types, import contracts, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	./scripts/check_protos.sh
+
+format: install ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: ## regenerate clients/python/tether/v1 from protos/
+	PYTHON="$(PYTHON)" ./scripts/generate_protos.sh
+
+clean: ## remove the environments, never runs/
+	rm -rf $(VENV) .venv-protoc

@@ -1,0 +1,1 @@
+"""Generated from protos/tether/v1. Never edited; `make protos` writes it."""

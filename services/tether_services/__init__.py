@@ -1,0 +1,1 @@
+"""The services of tether: generator, reward, reference and orchestrator."""

@@ -1,0 +1,65 @@
+"""Health of a service: NOT_SERVING until the engine has answered; liveness proves the engine, not the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from tether_services.runtime.logging import log_event
+
+log = logging.getLogger(__name__)
+
+LIVENESS = "liveness"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """The standard health service over a fixed set of names; every name starts NOT_SERVING."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = ("", *names)
+        self.not_ready_reason: str | None = "starting"
+        """Why calls are refused now; None while the service is ready."""
+        self._servicer = health.aio.HealthServicer()
+
+    async def attach(self, server: grpc.aio.Server) -> None:
+        """Register on a server, with everything NOT_SERVING."""
+        await self._set((*self.names, LIVENESS), NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    async def ready(self) -> None:
+        """The engine has answered: serve."""
+        self.not_ready_reason = None
+        await self._set((*self.names, LIVENESS), SERVING)
+
+    async def draining(self) -> None:
+        """Stop taking new calls; liveness stays as it is."""
+        self.not_ready_reason = "draining"
+        await self._set(self.names, NOT_SERVING)
+
+    async def engine_failed(self) -> None:
+        """The engine no longer answers: nothing is served and the process should be replaced."""
+        self.not_ready_reason = "engine failed"
+        await self._set((*self.names, LIVENESS), NOT_SERVING)
+
+    async def watch_engine(self, check: Callable[[], Awaitable[None]], *, every_seconds: float) -> None:
+        """Call `check` for ever; a failure or a late answer turns the service unhealthy, an answer turns it back."""
+        while True:
+            await asyncio.sleep(every_seconds)
+            try:
+                await asyncio.wait_for(check(), timeout=every_seconds)
+            except Exception as error:  # whatever an engine raises, the verdict is the same
+                log_event(log, "engine check failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
+                await self.engine_failed()
+            else:
+                if self.not_ready_reason == "engine failed":
+                    await self.ready()
+
+    async def _set(self, names: Iterable[str], status: int) -> None:
+        for name in names:
+            await self._servicer.set(name, status)

@@ -1,0 +1,64 @@
+"""Guards: checks that run before a method does any work. Health and reflection pass without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tether.errors import InvalidArgumentError, UnavailableError
+
+NO_DEADLINE_SECONDS = 1e9
+"""gRPC reports a missing deadline as None or as a time centuries away; both are above this."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """What guards know about a call."""
+
+    method: str
+    """Full name, for example /tether.v1.RewardService/Score."""
+    metadata: tuple[tuple[str, str | bytes], ...]
+    """What the caller sent beside the message."""
+    remaining_seconds: float | None
+    """Time to the deadline; None if there is none."""
+
+
+Guard = Callable[[CallInfo], None]
+"""Raises a TetherError to refuse the call.
+
+Order in the chain: identity, scope and quota (these three are not there yet), readiness, deadline.
+"""
+
+
+def deadline_guard(max_deadline_seconds: float) -> Guard:
+    """Return a guard that refuses calls without a deadline or with one beyond the maximum."""
+
+    def check(call: CallInfo) -> None:
+        remaining = call.remaining_seconds
+        if remaining is None or remaining > NO_DEADLINE_SECONDS:
+            raise InvalidArgumentError(
+                f"The call has no deadline. Set one of at most {max_deadline_seconds:g} seconds.",
+                field="deadline",
+                reason="DEADLINE_MISSING",
+            )
+        if remaining > max_deadline_seconds + 1:  # a second of slack for clocks that round up
+            raise InvalidArgumentError(
+                f"The deadline is {remaining:.0f} s away; at most {max_deadline_seconds:g} s is accepted.",
+                field="deadline",
+                reason="DEADLINE_TOO_LONG",
+            )
+
+    return check
+
+
+def readiness_guard(not_ready: Callable[[], str | None]) -> Guard:
+    """Return a guard that refuses calls with UNAVAILABLE while `not_ready()` returns a reason."""
+
+    def check(call: CallInfo) -> None:
+        reason = not_ready()
+        if reason:
+            raise UnavailableError(
+                f"The service is {reason}; call again shortly.", reason=reason.upper().replace(" ", "_")
+            )
+
+    return check

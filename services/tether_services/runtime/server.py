@@ -1,0 +1,215 @@
+"""Runs a service: server, health, metrics, engine start, liveness, drain.
+
+The four services differ only in what they pass in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from tether.errors import InvalidArgumentError
+from tether_services.runtime.auth import check_bind_address
+from tether_services.runtime.health import Health
+from tether_services.runtime.interceptor import Chain
+from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
+from tether_services.runtime.logging import log_event, setup_logging
+from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
+
+log = logging.getLogger(__name__)
+
+DATA_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message accepted: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One listening address and the gRPC services on it."""
+
+    setting: str
+    """Name of the setting that holds the address, for errors."""
+    address: str
+    """host:port."""
+    service_names: Sequence[str]
+    """Full names of its services, for health and reflection."""
+    register: Callable[[grpc.aio.Server], None]
+    """Adds the servicers."""
+    max_message_bytes: int = DATA_MESSAGE_BYTES
+    """Largest message accepted on this port."""
+
+
+class Service(Protocol):
+    """What a service folder hands to the chassis."""
+
+    name: str
+    """"generator", "reward", "reference" or "orchestrator"."""
+
+    def ports(self) -> Sequence[Port]:
+        """Return the addresses to serve; the first one is the data port."""
+        ...
+
+    def methods(self) -> Sequence[str]:
+        """Return the names of all methods, for metrics."""
+        ...
+
+    async def start(self) -> None:
+        """Load the engine and have it answer one warm-up request; the service is ready when this returns."""
+        ...
+
+    async def check(self) -> None:
+        """Have the engine answer a tiny request; raise if it does not."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine and flush."""
+        ...
+
+
+def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Return the channel arguments of a server. gRPC ignores unknown keys, so the tests assert the effect of these."""
+    return [
+        ("grpc.so_reuseport", 0),  # on by default: a second server would share the port without an error
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", DATA_MESSAGE_BYTES),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", 30 * 60 * 1000),
+        ("grpc.max_connection_age_grace_ms", 10 * 60 * 1000),
+    ]
+
+
+def prepare_process(threads: int) -> None:
+    """Give this process its thread budget before any tensor library is loaded.
+
+    Idle OpenMP threads must sleep: four spinning processes on two cores were measured ten times slower.
+    """
+    for name in THREAD_VARIABLES[:3]:
+        os.environ[name] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], Service]) -> int:
+    """Run a service until SIGTERM or SIGINT and return the exit status.
+
+    Args:
+        settings: The service's settings.
+        build: Makes the service; its engine is loaded later, by `start`.
+    """
+    prepare_process(settings.threads)
+    registry = new_registry()
+    service = build(registry)
+    setup_logging(service.name, settings.log_level)
+    _use_uvloop()
+    try:
+        check_bind_address(settings.metrics_address, insecure=settings.insecure, field="metrics_address")
+        return asyncio.run(ServiceRunner(settings, service, registry).run())
+    except InvalidArgumentError as error:
+        for violation in error.violations or ():
+            log_event(log, "invalid setting", level=logging.ERROR, field=violation.field, error=violation.description)
+        return CONFIG_ERROR_EXIT_CODE
+
+
+def _use_uvloop() -> None:
+    if sys.platform != "win32":
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
+class ServiceRunner:
+    """One run of a service on the current event loop. Tests use it directly to serve in their own process."""
+
+    def __init__(self, settings: ServerSettings, service: Service, registry: CollectorRegistry) -> None:
+        self._settings = settings
+        self._service = service
+        self._registry = registry
+        self._servers: list[grpc.aio.Server] = []
+        self._stop = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+        self.health = Health([name for port in service.ports() for name in port.service_names])
+        self.bound_ports: list[int] = []
+        """Port numbers in use, in the order of `Service.ports`."""
+
+    async def run(self) -> int:
+        """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        starting = asyncio.create_task(self.start())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+        try:
+            await starting
+            await stopping
+        except asyncio.CancelledError:
+            log_event(log, "stopped while starting")
+        finally:
+            stopping.cancel()
+            await self.close()
+        return 0
+
+    async def start(self) -> None:
+        """Listen, then load the engine, then report SERVING.
+
+        Raises:
+            InvalidArgumentError: An address is refused or taken.
+        """
+        metrics = RequestMetrics(self._service.name, self._service.methods(), self._registry)
+        guards: list[Guard] = [
+            readiness_guard(lambda: self.health.not_ready_reason),
+            deadline_guard(self._settings.max_deadline_seconds),
+        ]
+        chain = Chain(guards, metrics)
+        for port in self._service.ports():
+            self.bound_ports.append(await self._listen(port, chain))
+        metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
+        log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
+        await self._service.start()
+        await self.health.ready()
+        self._watch = asyncio.create_task(
+            self.health.watch_engine(self._service.check, every_seconds=self._settings.liveness_seconds)
+        )
+        log_event(log, "serving", services=list(self.health.names[1:]))
+
+    async def _listen(self, port: Port, chain: Chain) -> int:
+        check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
+        server = grpc.aio.server(interceptors=[chain], options=server_options(port.max_message_bytes))
+        port.register(server)
+        await self.health.attach(server)
+        if self._settings.reflection:
+            reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
+        try:
+            number = server.add_insecure_port(port.address)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"Cannot listen on {port.address}: it is taken or not an address of this machine.", field=port.setting
+            ) from error
+        await server.start()
+        self._servers.append(server)
+        return number
+
+    async def close(self) -> None:
+        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining")
+        await self.health.draining()
+        if self._watch is not None:
+            self._watch.cancel()
+        await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))
+        await self._service.close()
+        log_event(log, "stopped")

@@ -1,0 +1,117 @@
+"""Text to token ids and back, for callers that do not send token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tether.errors import FailedPreconditionError, InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+    """What is said."""
+
+
+class TextCodec(Protocol):
+    """Encodes and decodes the text of one model."""
+
+    vocab_size: int
+    """Number of token ids."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids; special strings inside the text are read as ordinary characters."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text without special tokens."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Return the ids of a conversation rendered with the model's own template.
+
+        Raises:
+            FailedPreconditionError: The model has no chat template.
+        """
+        ...
+
+
+class ByteCodec:
+    """One token per UTF-8 byte: id 0 pads, 1 begins and 2 ends a text, byte b is 3 + b. For the fake engines."""
+
+    vocab_size = 259
+    bos_id = 1
+    eos_id = 2
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return one id per byte."""
+        ids = [3 + byte for byte in text.encode("utf-8")]
+        return [self.bos_id, *ids] if add_special_tokens else ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text; bytes that are not UTF-8 become the replacement character."""
+        return bytes(token - 3 for token in token_ids if 3 <= token < self.vocab_size).decode("utf-8", "replace")
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Return the ids of `role: content` lines."""
+        lines = [f"{message.role}: {message.content}\n" for message in messages]
+        return self.encode("".join(lines) + ("assistant: " if add_generation_prompt else ""), add_special_tokens=True)
+
+
+class HfCodec:
+    """The tokenizer of a transformers model folder or hub name."""
+
+    def __init__(self, model: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+        self.vocab_size = len(self._tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids, with the beginning-of-text token if the tokenizer adds one."""
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
+        return [int(token) for token in ids]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Return the rendered conversation's ids."""
+        if not self._tokenizer.chat_template:
+            raise FailedPreconditionError(
+                "The model has no chat template; send text or token ids instead.",
+                field="messages",
+                reason="NO_CHAT_TEMPLATE",
+            )
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        ids = self._tokenizer.apply_chat_template(
+            plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+        return [int(token) for token in ids]
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def check_messages(messages: Sequence[Message], *, field: str, max_chars: int) -> None:
+    """Refuse a conversation with an unknown role, an empty turn or too much text.
+
+    Raises:
+        InvalidArgumentError: Names the message.
+    """
+    for index, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidArgumentError(f"Role {message.role!r} is not one of {ROLES}.", field=f"{field}[{index}].role")
+        if not message.content:
+            raise InvalidArgumentError("The content is empty.", field=f"{field}[{index}].content")
+    total = sum(len(message.content) for message in messages)
+    if total > max_chars:
+        raise InvalidArgumentError(f"{total} characters; at most {max_chars} are accepted.", field=field)
