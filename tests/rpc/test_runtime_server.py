@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from tether.errors import InvalidArgumentError, ResourceExhaustedError
 from tether.v1 import reference_pb2, reference_pb2_grpc
+from tether_services.runtime import probe
 from tether_services.runtime.metrics import new_registry
 from tether_services.runtime.server import Port, ServiceRunner
 from tether_services.runtime.settings import ServerSettings
@@ -325,3 +326,17 @@ def _free_port() -> int:
 def _scrape(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
         return str(response.read().decode())
+
+
+def test_the_probe_command_tells_serving_from_everything_else() -> None:
+    async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
+        address = f"127.0.0.1:{runner.bound_ports[0]}"
+        assert await asyncio.to_thread(probe.main, [address, "tether.v1.ReferenceService"]) == 1
+        service.release.set()
+        await _until(lambda: runner.health.not_ready_reason is None)
+        assert await asyncio.to_thread(probe.main, [address, "tether.v1.ReferenceService"]) == 0
+        assert await asyncio.to_thread(probe.probe, address, "no.such.Service") == "NOT_FOUND"
+        assert await asyncio.to_thread(probe.probe, f"127.0.0.1:{_free_port()}") == "UNAVAILABLE"
+
+    run(scenario, ready=False)
+    assert probe.main([]) == 2

@@ -80,12 +80,21 @@ def load_settings(
     for name, text in sorted(environ.items()):
         if name.startswith(env_prefix):
             _put(merged, name[len(env_prefix) :].lower().split("__"), _parse_value(text), origin=name)
+    merge_overrides(merged, overrides)
+    return validate(model, merged)
+
+
+def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key=value` strings into a nested dictionary; keys are dotted paths, values TOML where they are, else text.
+
+    Raises:
+        InvalidArgumentError: An override has no `=`, or its path leads through a value.
+    """
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise InvalidArgumentError(f"--set takes key=value, got {override!r}.", field=override)
-        _put(merged, key.strip().split("."), _parse_value(text), origin="--set " + key)
-    return validate(model, merged)
+        _put(values, key.strip().split("."), _parse_value(text), origin="--set " + key)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

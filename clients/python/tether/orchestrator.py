@@ -1,0 +1,192 @@
+"""Client of the PPO orchestrator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Literal
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from tether.channel import ServiceClient
+from tether.errors import DeadlineExceededError, UnavailableError
+from tether.status import request_field
+from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+
+if TYPE_CHECKING:
+    from tether.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub
+
+__all__ = ["FINAL_STATES", "OrchestratorClient", "Run", "RunState", "StepEvent"]
+
+RunState = Literal["pending", "running", "succeeded", "failed", "cancelled"]
+FINAL_STATES: Final[frozenset[RunState]] = frozenset({"succeeded", "failed", "cancelled"})
+"""States that a run does not leave on its own."""
+
+WATCH_ATTEMPTS: Final = 5
+"""Streams in a row that may break without bringing an event before watching gives up."""
+
+_STATES: dict[int, RunState] = {
+    orchestrator_pb2.RUN_STATE_PENDING: "pending",
+    orchestrator_pb2.RUN_STATE_RUNNING: "running",
+    orchestrator_pb2.RUN_STATE_SUCCEEDED: "succeeded",
+    orchestrator_pb2.RUN_STATE_FAILED: "failed",
+    orchestrator_pb2.RUN_STATE_CANCELLED: "cancelled",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training run."""
+
+    run_id: str
+    """Its name."""
+    state: RunState
+    """Its state."""
+    committed_step_count: int
+    """Steps committed."""
+    total_step_count: int
+    """Steps planned."""
+    policy_version: int
+    """Version that the generator serves for it."""
+    error: str
+    """Why it failed; empty otherwise."""
+    create_time: datetime
+    """When it was accepted, in UTC."""
+    end_time: datetime | None
+    """When it ended, in UTC; None while it runs."""
+    directory: str
+    """Its folder on the orchestrator's machine."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has stopped."""
+        return self.state in FINAL_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One committed step."""
+
+    step: int
+    """Step number, from 0."""
+    policy_version: int
+    """Version that sampled the step."""
+    metrics: Mapping[str, float]
+    """What was measured; the orchestrator's README lists the names."""
+    commit_time: datetime
+    """When it was committed, in UTC."""
+
+
+class OrchestratorClient(ServiceClient):
+    """Starts, watches and stops training runs."""
+
+    @cached_property
+    def _stub(self) -> OrchestratorServiceAsyncStub:
+        return orchestrator_pb2_grpc.OrchestratorServiceStub(self._channel)
+
+    async def start_run(self, run_id: str, config_toml: str, *, timeout_seconds: float | None = None) -> Run:
+        """Return the started run; a repeat with the same configuration returns the same run.
+
+        Raises:
+            InvalidArgumentError: The configuration is invalid (one violation per field), or the name has another one.
+            FailedPreconditionError: Another run uses the trainer.
+        """
+        with request_field("config_toml"):
+            request = orchestrator_pb2.StartRunRequest(run_id=run_id, config_toml=config_toml)
+        return _run((await self._call(self._stub.StartRun, request, timeout_seconds)).run)
+
+    async def get_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
+        """Return a run. NotFoundError if there is none of that name."""
+        request = orchestrator_pb2.GetRunRequest(run_id=run_id)
+        return _run((await self._call(self._stub.GetRun, request, timeout_seconds)).run)
+
+    async def list_runs(self, *, timeout_seconds: float | None = None) -> tuple[Run, ...]:
+        """Return all runs, newest first."""
+        runs: list[Run] = []
+        token = ""
+        while True:
+            request = orchestrator_pb2.ListRunsRequest(page_token=token)
+            page = await self._call(self._stub.ListRuns, request, timeout_seconds)
+            runs += [_run(run) for run in page.runs]
+            token = page.next_page_token
+            if not token:
+                return tuple(runs)
+
+    async def cancel_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
+        """Stop a run after its current step at the latest, and return it."""
+        request = orchestrator_pb2.CancelRunRequest(run_id=run_id)
+        return _run((await self._call(self._stub.CancelRun, request, timeout_seconds)).run)
+
+    async def resume_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
+        """Continue a failed or cancelled run from its last committed step, and return it."""
+        request = orchestrator_pb2.ResumeRunRequest(run_id=run_id)
+        return _run((await self._call(self._stub.ResumeRun, request, timeout_seconds)).run)
+
+    async def watch_run(
+        self, run_id: str, *, first_step: int = 0, stream_seconds: float = 300.0
+    ) -> AsyncGenerator[StepEvent | Run, None]:
+        """Yield every committed step from `first_step` on, once each and in order, and every change of the run's state.
+
+        Ends after a final state. However long the run, no call is without a deadline: a stream that reached its own, or
+        broke, is opened again at the next step.
+
+        Args:
+            run_id: Name of the run.
+            first_step: First step wanted.
+            stream_seconds: Deadline of one stream.
+
+        Raises:
+            NotFoundError: There is no such run.
+            UnavailableError: The orchestrator could not be reached several times in a row.
+        """
+        next_step, state, failures = first_step, None, 0
+        while True:
+            with request_field("first_step"):
+                request = orchestrator_pb2.WatchRunRequest(run_id=run_id, first_step=next_step)
+            try:
+                async for response in self._stream(self._stub.WatchRun, request, self._timeout(stream_seconds)):
+                    failures = 0
+                    event = _event(response)
+                    if isinstance(event, StepEvent):
+                        next_step = event.step + 1
+                        yield event
+                    elif event != state:
+                        state = event
+                        yield event
+                return
+            except DeadlineExceededError:
+                continue
+            except UnavailableError:
+                failures += 1
+                if failures == WATCH_ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.2 * 2**failures)
+
+
+def _event(response: orchestrator_pb2.WatchRunResponse) -> StepEvent | Run:
+    if response.WhichOneof("event") == "run":
+        return _run(response.run)
+    step = response.step
+    metrics = {metric.name: metric.value for metric in step.metrics}
+    return StepEvent(step.step, step.policy_version, metrics, _time(step.commit_time))
+
+
+def _run(run: orchestrator_pb2.Run) -> Run:
+    return Run(
+        run_id=run.run_id,
+        state=_STATES[run.state],
+        committed_step_count=run.committed_step_count,
+        total_step_count=run.total_step_count,
+        policy_version=run.policy_version,
+        error=run.error,
+        create_time=_time(run.create_time),
+        end_time=_time(run.end_time) if run.HasField("end_time") else None,
+        directory=run.directory,
+    )
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
