@@ -1,0 +1,45 @@
+"""Identity of a base model by content, the same in every process that loads it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tether.errors import InvalidArgumentError, NotFoundError
+
+__all__ = ["hash_file", "hash_model_folder"]
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's content in lower-case hex.
+
+    Raises:
+        NotFoundError: There is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise NotFoundError(f"no file at {path}", field="path") from error
+
+
+def hash_model_folder(folder: Path) -> str:
+    """Return the sha256 that identifies a base model by its content, in lower-case hex.
+
+    It covers config.json and every *.safetensors file directly in the folder: sha256 over one line "<name> <sha256 of
+    the content>" for each, in order of name. Tokenizer, model card, folder name and file times do not count.
+
+    Raises:
+        NotFoundError: The folder does not exist.
+        InvalidArgumentError: It lacks config.json or has no safetensors file.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"no model folder at {folder}", field="model")
+    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if not config.is_file() or not weights:
+        message = f"{folder} is not a model folder: it needs config.json and at least one *.safetensors file"
+        raise InvalidArgumentError(message, field="model")
+    digest = hashlib.sha256()
+    for path in sorted([config, *weights]):
+        digest.update(f"{path.name} {hash_file(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tether.errors import InvalidArgumentError, NotFoundError
+from tether_services.runtime.content_hash import hash_file, hash_model_folder
+
+CONTENT = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two"}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_the_hash_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert hash_file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_the_hash_of_a_folder_is_over_sorted_names_and_content_hashes(tmp_path: Path) -> None:
+    lines = "".join(f"{name} {hashlib.sha256(CONTENT[name]).hexdigest()}\n" for name in sorted(CONTENT))
+    assert hash_model_folder(write(tmp_path / "model", CONTENT)) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_copy_elsewhere_has_the_same_hash_and_so_has_one_with_other_side_files(tmp_path: Path) -> None:
+    first = hash_model_folder(write(tmp_path / "a", CONTENT))
+    assert hash_model_folder(write(tmp_path / "b" / "c", dict(reversed(CONTENT.items())))) == first
+    assert hash_model_folder(write(tmp_path / "d", CONTENT | {"README.md": b"x", "tokenizer.json": b"y"})) == first
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"config.json": b"{ }"},
+        {"model-1.safetensors": b"two", "model-2.safetensors": b"one"},
+        {"model-3.safetensors": b""},
+    ],
+)
+def test_any_change_of_weights_or_configuration_changes_the_hash(tmp_path: Path, changed: dict[str, bytes]) -> None:
+    before = hash_model_folder(write(tmp_path / "a", CONTENT))
+    assert hash_model_folder(write(tmp_path / "b", CONTENT | changed)) != before
+
+
+@pytest.mark.parametrize("kept", [["config.json"], ["model-1.safetensors"], []])
+def test_a_folder_without_weights_or_configuration_is_refused(tmp_path: Path, kept: list[str]) -> None:
+    folder = write(tmp_path / "model", {name: CONTENT[name] for name in kept})
+    with pytest.raises(InvalidArgumentError, match=r"needs config\.json"):
+        hash_model_folder(folder)
+
+
+def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        hash_model_folder(tmp_path / "absent")
+    with pytest.raises(NotFoundError):
+        hash_file(tmp_path / "absent")
+    with pytest.raises(NotFoundError):
+        hash_file(tmp_path)
