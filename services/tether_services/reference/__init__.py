@@ -1,0 +1,1 @@
+"""The reference-logprob server: log-probabilities of given responses under the frozen reference policy."""

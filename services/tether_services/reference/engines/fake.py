@@ -1,0 +1,69 @@
+"""A deterministic engine with an exact oracle, for tests of programs that use the service.
+
+It is the generator's fake engine at policy version 0: with both, the KL of a run is exactly 0 at its first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from tether_services.reference.config import ReferenceSettings
+from tether_services.reference.engine import EngineDescription, LogprobTask, TaskLogprobs
+from tether_services.runtime.text import ByteCodec
+
+FAKE_BASE_SHA256 = hashlib.sha256(b"tether fake base model").hexdigest()
+"""Content hash that the fake base model claims."""
+FAKE_MAX_MODEL_LEN = 2048
+
+
+def fake_ref_logprobs(prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> list[float]:
+    """Return what the fake engine answers for the response tokens, whatever the temperature.
+
+    Each is -(1 + u) with u in [0, 1) from the hash of the tokens before it and the token.
+    """
+    context = hashlib.sha256(struct.pack(f"<q{len(prompt_token_ids)}i", 0, *prompt_token_ids))
+    logprobs = []
+    for token in response_token_ids:
+        state = context.copy()
+        state.update(b"logprob" + struct.pack("<i", token))
+        logprobs.append(-1.0 - int.from_bytes(state.digest()[:8], "big") / 2**64)
+        context.update(struct.pack("<i", token))
+    return logprobs
+
+
+def fake_entropies(prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> list[float]:
+    """Return the entropies that the fake engine answers: the log-probabilities without their sign."""
+    return [-logprob for logprob in fake_ref_logprobs(prompt_token_ids, response_token_ids)]
+
+
+class FakeReferenceEngine:
+    """Answers with `fake_ref_logprobs` and `fake_entropies`."""
+
+    def __init__(self, settings: ReferenceSettings) -> None:
+        self.description = EngineDescription(
+            engine="fake",
+            base_model="fake",
+            base_model_sha256=FAKE_BASE_SHA256,
+            vocab_size=ByteCodec.vocab_size,
+            max_model_len=settings.max_model_len or FAKE_MAX_MODEL_LEN,
+        )
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def compute_logprobs(self, tasks: Sequence[LogprobTask]) -> list[TaskLogprobs]:
+        """Return the oracle's answers."""
+        return [_answer(task) for task in tasks]
+
+    async def check(self) -> None:
+        """Do nothing: a fake is always alive."""
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+def _answer(task: LogprobTask) -> TaskLogprobs:
+    tokens = task.prompt_token_ids, task.response_token_ids
+    return TaskLogprobs(fake_ref_logprobs(*tokens), fake_entropies(*tokens) if task.include_entropies else [])

@@ -1,0 +1,1 @@
+"""The reward scorer: reward models and verifiable rules behind one RPC."""

@@ -1,0 +1,125 @@
+"""Settings of the reward service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tether_services.runtime.batching import BatchSettings
+from tether_services.runtime.checks import NAME_PATTERN
+from tether_services.runtime.model_folder import Dtype
+from tether_services.runtime.settings import ServerSettings, Settings
+
+PROGRAM = "tether serve reward"
+ENV_PREFIX = "TETHER_REWARD__"
+
+
+class ComponentSettings(Settings):
+    """One part of a score."""
+
+    name: str = Field(pattern=NAME_PATTERN.pattern)
+    """Name of the part in answers."""
+    engine: Literal["fake", "transformers", "rules"]
+    """`transformers` runs a reward model, `rules` a Python function, `fake` is deterministic and needs no model."""
+    path: str = ""
+    """transformers: folder or hub name of a sequence-classification model with one output, or of an adapter of one."""
+    function: str = ""
+    """rules: "module:function" with the signature (prompt: str, response: str, **arguments) -> float."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """rules: keyword arguments of the function."""
+    weight: float = 1.0
+    """Factor of this part in the sum; may be negative."""
+    gain: float | None = Field(default=None, gt=0)
+    """value = gain * (raw - bias); unset takes the model's own, 1 where it has none."""
+    bias: float | None = None
+    """See gain; unset takes the model's own, 0 where it has none."""
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> ComponentSettings:
+        """Refuse settings that are missing or would be ignored."""
+        if self.engine == "transformers" and not self.path:
+            raise ValueError("path is required by engine 'transformers'")
+        if self.engine == "rules" and not self.function:
+            raise ValueError("function is required by engine 'rules'")
+        if self.engine != "transformers" and self.path:
+            raise ValueError(f"engine {self.engine!r} would ignore path: remove it")
+        if self.engine != "rules" and (self.function or self.arguments):
+            raise ValueError(f"engine {self.engine!r} would ignore function and arguments: remove them")
+        return self
+
+
+class ModelSettings(Settings):
+    """A named reward model: a weighted sum of components."""
+
+    name: str = Field(pattern=NAME_PATTERN.pattern)
+    """Name that requests use."""
+    version: str = Field(default="", max_length=64)
+    """Version label; empty takes the first 12 digits of the content hash."""
+    components: tuple[ComponentSettings, ...] = Field(min_length=1, max_length=16)
+    """Parts of the score, in the order in which they are reported."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer; empty takes that of the first transformers component."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> ModelSettings:
+        _check_distinct("components", (component.name for component in self.components))
+        return self
+
+
+class RewardSettings(ServerSettings):
+    """Serve reward models and rules: scores of responses."""
+
+    address: str = "127.0.0.1:50052"
+    """host:port to serve on; port 0 takes a free one and logs it."""
+    metrics_address: str = "127.0.0.1:9102"
+    """host:port of the Prometheus endpoint; port 0 takes a free one and logs it."""
+    engine: Literal["fake", "transformers"] = "transformers"
+    """Engine of the one reward model "default"; give `models` instead for rules, several parts or several models."""
+    model: str = ""
+    """Folder or hub name of that reward model; required except by the fake engine and where `models` is given."""
+    models: tuple[ModelSettings, ...] = Field(default=(), max_length=64)
+    """Reward models; the first is the default one. Empty: one model, of `engine` and `model`."""
+    dtype: Dtype = "float32"
+    """Numeric type of the weights of transformers models."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
+    max_items: int = Field(default=64, ge=1, le=1024)
+    """Items per call at most."""
+    max_text_chars: int = Field(default=100_000, ge=1)
+    """Characters of a prompt, of a response and of a conversation at most."""
+    forward_tokens: int = Field(default=8192, ge=1)
+    """Tokens per forward pass at most, padding counted; a batch is run in several passes where it has more."""
+    batch: BatchSettings = BatchSettings()
+    """How items of many calls are gathered."""
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> RewardSettings:
+        """Refuse settings that contradict each other or would be ignored."""
+        if self.models and {"engine", "model"} & self.model_fields_set:
+            raise ValueError("engine and model would be ignored beside models: put them into models")
+        if not self.models and self.engine == "fake" and self.model:
+            raise ValueError("the fake engine takes no model: unset model or choose another engine")
+        if not self.models and self.engine != "fake" and not self.model:
+            raise ValueError("model is required: a model folder or hub name; or give models")
+        if self.max_items > self.batch.queue_limit:
+            raise ValueError("max_items must not exceed batch.queue_limit, or such a request could never run")
+        _check_distinct("models", (model.name for model in self.models))
+        return self
+
+    def reward_models(self) -> tuple[ModelSettings, ...]:
+        """Return `models`, or the one model that `engine` and `model` describe."""
+        if self.models:
+            return self.models
+        component = ComponentSettings(name="score", engine=self.engine, path=self.model)
+        return (ModelSettings(name="default", components=(component,)),)
+
+
+def _check_distinct(field: str, names: Iterable[str]) -> None:
+    """Refuse a name that appears twice."""
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            raise ValueError(f"{field}[{index}].name: {name!r} is taken by another one")
+        seen.add(name)

@@ -1,0 +1,57 @@
+"""A deterministic engine with an exact oracle, for tests of programs that use the service."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from tether.errors import TetherError
+from tether_services.reward.engine import EngineDescription, ScoreTask
+from tether_services.runtime.text import ByteCodec, TextCodec
+
+FAKE_REWARD_SHA256 = hashlib.sha256(b"tether fake reward model").hexdigest()
+"""Content hash that the fake reward model claims."""
+FAKE_MAX_MODEL_LEN = 2048
+
+
+def fake_score(prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> float:
+    """Return what the fake engine answers for token ids: a number in [-1, 1) from the hash of all of them."""
+    ids = [*prompt_token_ids, *response_token_ids]
+    digest = hashlib.sha256(struct.pack(f"<q{len(ids)}i", len(prompt_token_ids), *ids)).digest()
+    return int.from_bytes(digest[:6], "big") / 2**47 - 1.0
+
+
+def fake_text_score(prompt: str, response: str) -> float:
+    """Return what the fake engine answers for text, which it reads as bytes; see `ByteCodec`."""
+    codec = ByteCodec()
+    return fake_score(codec.encode(prompt, add_special_tokens=True), codec.encode(response, add_special_tokens=False))
+
+
+class FakeRewardEngine:
+    """Answers with `fake_score`."""
+
+    def __init__(self, codec: TextCodec | None) -> None:
+        used = codec or ByteCodec()
+        self.description = EngineDescription(
+            engine="fake",
+            sha256=FAKE_REWARD_SHA256,
+            gain=1.0,
+            bias=0.0,
+            max_model_len=FAKE_MAX_MODEL_LEN,
+            vocab_size=used.vocab_size,
+            codec=used,
+        )
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def score(self, tasks: Sequence[ScoreTask]) -> list[float | TetherError]:
+        """Return the oracle's answers."""
+        return [fake_score(task.prompt_token_ids, task.response_token_ids) for task in tasks]
+
+    async def check(self) -> None:
+        """Do nothing: a fake is always alive."""
+
+    async def close(self) -> None:
+        """Do nothing."""
