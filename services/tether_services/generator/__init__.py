@@ -1,0 +1,1 @@
+"""The policy generator: samples completions and takes new adapters while it serves."""
