@@ -1,0 +1,1 @@
+"""The PPO orchestrator: StartRun, GetRun, ListRuns, CancelRun, ResumeRun and WatchRun."""

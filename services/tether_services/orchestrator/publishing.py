@@ -1,0 +1,200 @@
+"""Keeps the generator on the run's policy: takes ownership, pushes and activates versions, restores them when lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tether.adapter import ActiveAdapter, AdapterClient, AdapterPush, PushResult
+from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
+from tether_services.orchestrator.records import Attempt
+from tether_services.orchestrator.remote import Remote
+
+__all__ = ["LocalAdapter", "PolicyPublisher", "PushFigures"]
+
+_ATTEMPTS = 5
+"""Rounds of reading the generator's state and acting on it; each can lose a race against a restart."""
+_PAUSE_SECONDS = 0.2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """An exported adapter and what the generator is told about it."""
+
+    directory: Path
+    sha256: str
+    """Of its weights file."""
+    size_bytes: int
+    push: AdapterPush
+
+
+@dataclass(frozen=True, slots=True)
+class PushFigures:
+    """What bringing an adapter into use took."""
+
+    transfer_seconds: float
+    verify_seconds: float
+    load_seconds: float
+    activate_seconds: float
+    probe_mean_abs_dlogp: float
+    """Trainer against generator on the probes, nats; 0 if the adapter was there already."""
+
+
+class PolicyPublisher:
+    """The policy version that this run has the generator serve. One writer per run, fenced by the attempt's epoch."""
+
+    def __init__(self, adapter: Remote[AdapterClient], attempt: Attempt) -> None:
+        self._remote = adapter
+        self._attempt = attempt
+        self._current: LocalAdapter | None = None
+        self._lock = asyncio.Lock()
+        self._owned = False
+
+    @property
+    def policy_version(self) -> int:
+        """The version that the generator must serve now."""
+        return self._current.push.policy_version if self._current else 0
+
+    @property
+    def adapter_sha256(self) -> str:
+        """Hash of that version's weights; empty for version 0."""
+        return self._current.sha256 if self._current else ""
+
+    async def take_over(self, committed: LocalAdapter | None) -> None:
+        """Make the generator serve the committed version of this run, whoever used it before.
+
+        Versions of this run that were pushed and never committed are deleted first.
+
+        Args:
+            committed: The adapter of the last committed step; None for version 0.
+
+        Raises:
+            TetherError: The generator refused or could not be reached; the message names it.
+        """
+        self._current = committed
+        async with self._lock:
+            await self._repeat(self._own)
+            await self._delete_uncommitted()
+            await self._repeat(self._settle)
+
+    async def publish(self, adapter: LocalAdapter) -> PushFigures:
+        """Push the next version, switch the generator to it and return what that took.
+
+        Raises:
+            TetherError: The generator refused or could not be reached; the message names it.
+        """
+        async with self._lock:
+            self._current = adapter
+            return await self._repeat(self._settle)
+
+    async def restore(self) -> None:
+        """Bring the generator back to the current version, for example after its restart.
+
+        Raises:
+            FailedPreconditionError: Another run has taken the generator (GENERATOR_TAKEN).
+            TetherError: The generator refused or could not be reached; the message names it.
+        """
+        async with self._lock:
+            await self._repeat(self._settle)
+
+    async def _repeat(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Read the state and act on it, again where the state changed in between."""
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return await act()
+            except (AbortedError, NotFoundError, FailedPreconditionError) as error:
+                if isinstance(error, FailedPreconditionError) and error.reason != "VERSION_EXISTS":
+                    raise
+                if error.reason == "STALE_EPOCH":
+                    raise
+                await asyncio.sleep(_PAUSE_SECONDS * attempt)
+        return await act()
+
+    async def _own(self) -> None:
+        """Make this run the owner, on version 0 unless the committed version is active already."""
+        active = await self._remote.call(lambda client: client.get_active_adapter())
+        if (active.run_id, active.policy_version, _sha256(active)) != self._wanted:
+            await self._activate(0, active)
+        self._owned = True
+
+    async def _settle(self) -> PushFigures:
+        """Push the current version if it is missing and activate it."""
+        active = await self._remote.call(lambda client: client.get_active_adapter())
+        if self._owned and active.run_id not in ("", self._attempt.run_id):
+            message = (
+                f"run {active.run_id!r} has taken the generator at {self._remote.client.target}; run one at a time"
+            )
+            raise FailedPreconditionError(message, reason="GENERATOR_TAKEN")
+        if active.run_id != self._attempt.run_id:
+            active = await self._activate(0, active)
+        started = time.monotonic()
+        result = await self._push_if_missing(self._current) if self._current else None
+        pushed = time.monotonic()
+        await self._activate(self.policy_version, active)
+        return _figures(result, pushed - started, time.monotonic() - pushed)
+
+    async def _push_if_missing(self, adapter: LocalAdapter) -> PushResult | None:
+        stored = await self._stored()
+        if stored.get(adapter.push.policy_version) == adapter.sha256:
+            return None
+        return await self._remote.call(lambda client: client.push(adapter.directory, adapter.push))
+
+    async def _activate(self, version: int, active: ActiveAdapter) -> ActiveAdapter:
+        """Switch from what is active to a version of this run; nothing to do if that is active."""
+        run_id, epoch = self._attempt.run_id, self._attempt.epoch
+        await self._remote.call(
+            lambda client: client.activate(
+                run_id,
+                version,
+                expected_run_id=active.run_id,
+                expected_policy_version=active.policy_version,
+                epoch=epoch,
+            )
+        )
+        return ActiveAdapter(run_id, version, None)
+
+    async def _delete_uncommitted(self) -> None:
+        """Delete the versions of this run that no committed step stands for."""
+        for version, sha256 in (await self._stored()).items():
+            if version < self.policy_version or (version, sha256) == (self.policy_version, self.adapter_sha256):
+                continue
+            await self._delete(version)
+
+    async def _delete(self, version: int) -> None:
+        with suppress(NotFoundError):  # gone already
+            await self._remote.call(lambda client: client.delete(self._attempt.run_id, version))
+
+    async def _stored(self) -> dict[int, str]:
+        """Return the hash of each usable version of this run that the generator has."""
+        adapters = await self._remote.call(lambda client: client.list_adapters())
+        own = (a for a in adapters if a.run_id == self._attempt.run_id and a.state != "retiring")
+        return {a.policy_version: a.sha256 for a in own}
+
+    @property
+    def _wanted(self) -> tuple[str, int, str]:
+        return self._attempt.run_id, self.policy_version, self.adapter_sha256
+
+
+def _sha256(active: ActiveAdapter) -> str:
+    return active.adapter.sha256 if active.adapter else ""
+
+
+def _figures(result: PushResult | None, push_seconds: float, activate_seconds: float) -> PushFigures:
+    """Return the figures of a push; what the generator did not spend on its stages is the transfer."""
+    stages = {stage.name: stage.duration_seconds for stage in result.stages} if result else {}
+    load = stages.pop("load", 0.0)
+    verify = sum(stages.values())
+    return PushFigures(
+        transfer_seconds=max(0.0, push_seconds - load - verify),
+        verify_seconds=verify,
+        load_seconds=load,
+        activate_seconds=activate_seconds,
+        probe_mean_abs_dlogp=result.mean_abs_dlogp if result else 0.0,
+    )

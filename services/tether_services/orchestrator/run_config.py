@@ -1,0 +1,107 @@
+"""Reads a run configuration and checks everything that can be checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+from tether.errors import FieldViolation, InvalidArgumentError, TetherError
+from tether_services.orchestrator.config import RunConfig
+from tether_services.orchestrator.prompts import read_prompts, split_prompts
+from tether_services.runtime.model_folder import HUB_NAME
+from tether_services.runtime.settings import validate
+
+__all__ = ["MAX_CONFIG_BYTES", "check_run_config", "is_hub_name", "parse_run_config"]
+
+MAX_CONFIG_BYTES = 256 * 1024
+
+
+def parse_run_config(text: str) -> RunConfig:
+    """Return the validated configuration of a TOML document.
+
+    Raises:
+        InvalidArgumentError: It is too long, not TOML, or has invalid keys, each named with its path.
+    """
+    if not text.strip() or len(text.encode()) > MAX_CONFIG_BYTES:
+        message = f"The configuration must have 1 to {MAX_CONFIG_BYTES} bytes."
+        raise InvalidArgumentError(message, field="config_toml")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgumentError(f"The configuration is not valid TOML: {error}", field="config_toml") from None
+    return validate(RunConfig, values)
+
+
+def check_run_config(config: RunConfig) -> None:
+    """Refuse a configuration whose files are missing or do not fit, or whose numbers contradict each other.
+
+    Raises:
+        InvalidArgumentError: One violation per bad field.
+    """
+    violations = [
+        *_check_model(config.model),
+        *_check_reward_model(config.reward_model),
+        *_check_prompts(config),
+        *_check_minibatches(config),
+    ]
+    if violations:
+        message = f"The configuration has {len(violations)} invalid key(s)."
+        raise InvalidArgumentError(message, reason="INVALID_CONFIG", violations=tuple(violations))
+
+
+def is_hub_name(model: str) -> bool:
+    """Return whether a model is to be looked up on a hub: owner/name, and no folder of that name here."""
+    return bool(HUB_NAME.fullmatch(model)) and not Path(model).exists()
+
+
+def _check_model(model: str) -> list[FieldViolation]:
+    if is_hub_name(model):
+        return []
+    folder = Path(model)
+    if not folder.is_dir():
+        return [FieldViolation("model", f"no folder {model!r}; a hub name has the form owner/name")]
+    if not any(folder.glob("*.safetensors")):
+        return [FieldViolation("model", f"{model!r} has no *.safetensors file")]
+    return _check_json(folder / "config.json", field="model", key="model_type")
+
+
+def _check_reward_model(reward_model: str) -> list[FieldViolation]:
+    if not reward_model:
+        return []
+    folder = Path(reward_model)
+    if not (folder / "adapter_model.safetensors").is_file():
+        description = f"{reward_model!r} has no adapter_model.safetensors; the critic starts from a LoRA reward model"
+        return [FieldViolation("reward_model", description)]
+    return _check_json(folder / "adapter_config.json", field="reward_model", key="peft_type")
+
+
+def _check_json(path: Path, *, field: str, key: str) -> list[FieldViolation]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return [FieldViolation(field, f"cannot read {path}: {error.strerror}")]
+    except ValueError as error:
+        return [FieldViolation(field, f"{path} is not JSON: {error}")]
+    if not isinstance(content, dict) or not isinstance(content.get(key), str):
+        return [FieldViolation(field, f"{path} does not name its {key}")]
+    return []
+
+
+def _check_prompts(config: RunConfig) -> list[FieldViolation]:
+    try:
+        prompts = read_prompts(Path(config.prompts), field="prompts")
+        held_out = None
+        if config.evaluation_prompts:
+            held_out = read_prompts(Path(config.evaluation_prompts), field="evaluation_prompts")
+        split_prompts(config, prompts, held_out)
+    except TetherError as error:
+        return list(error.violations)
+    return []
+
+
+def _check_minibatches(config: RunConfig) -> list[FieldViolation]:
+    num_samples = config.prompts_per_step * config.responses_per_prompt
+    if config.ppo.minibatches <= num_samples:
+        return []
+    return [FieldViolation("ppo.minibatches", f"{num_samples} samples a step cannot make {config.ppo.minibatches}")]

@@ -1,0 +1,223 @@
+"""Everything that one attempt of a run works with, built in the order in which it can fail cheaply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tether.adapter import AdapterProbe, AdapterPush
+from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.generator import GeneratorState
+from tether.reference import ReferenceState
+from tether_services.orchestrator.config import OrchestratorSettings, RunConfig, TrainerConfig
+from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts
+from tether_services.orchestrator.publishing import LocalAdapter, PolicyPublisher
+from tether_services.orchestrator.records import Attempt
+from tether_services.orchestrator.remote import Remote, Services, open_services
+from tether_services.orchestrator.rollouts import Identities, RolloutCollector, RolloutPlan
+from tether_services.orchestrator.run_files import RunFiles
+from tether_services.orchestrator.trainer import AdapterFiles, Sample, Trainer
+from tether_services.orchestrator.trainer_thread import TrainerThread
+from tether_services.runtime.content_hash import hash_model_folder
+from tether_services.runtime.logging import log_event
+from tether_services.runtime.model_folder import find_model_folder
+from tether_services.runtime.text import HfCodec
+
+__all__ = ["Session", "check_services", "choose_probes", "open_session"]
+
+log = logging.getLogger(__name__)
+
+_PROBES = 4
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the loop works with."""
+
+    attempt: Attempt
+    config: RunConfig
+    ledger: Ledger
+    files: RunFiles
+    trainer: Trainer
+    thread: TrainerThread
+    publisher: PolicyPublisher
+    collector: RolloutCollector
+    prompts: PromptSet
+    probes: tuple[Sample, ...]
+    """Fixed token sequences that prove each pushed adapter."""
+    identities: Identities
+
+    def plan(self, n: int) -> RolloutPlan:
+        """Return how to sample and score n completions a prompt."""
+        return RolloutPlan(
+            run_id=self.attempt.run_id,
+            n=n,
+            temperature=self.config.ppo.temperature,
+            max_tokens=self.config.max_response_tokens,
+            score_model=self.config.score_model,
+        )
+
+    async def export_adapter(self, policy_version: int) -> LocalAdapter:
+        """Return the policy as it is now, written to disk with its proofs."""
+        return await self.thread.run(self._export, policy_version)
+
+    def _export(self, policy_version: int) -> LocalAdapter:
+        directory = self.files.new_adapter_directory(policy_version)
+        exported = self.trainer.export_adapter(directory, policy_version=policy_version)
+        logprobs = self.trainer.probe_logprobs(self.probes)
+        return _local_adapter(exported, self.attempt.run_id, self.probes, logprobs)
+
+
+@asynccontextmanager
+async def open_session(
+    settings: OrchestratorSettings, config: RunConfig, ledger: Ledger, attempt: Attempt
+) -> AsyncIterator[Session]:
+    """Yield the session of an attempt: services checked, trainer at the last committed step, generator serving it.
+
+    Raises:
+        TetherError: A service cannot be reached or does not fit the run, or a file is missing or damaged.
+    """
+    files = RunFiles(attempt.directory)
+    thread = TrainerThread()
+    try:
+        async with open_services(settings) as services:
+            model = await asyncio.to_thread(find_model_folder, config.model, field="model")
+            identities = Identities(await asyncio.to_thread(hash_model_folder, model))
+            files.write_services(await describe_services(services, config, identities.base_sha256))
+            codec = await asyncio.to_thread(HfCodec, model)
+            prompts = encode_prompts(config, lambda text: codec.encode(text, add_special_tokens=True))
+            trainer = await thread.run(build_trainer, model, config, threads=settings.threads)
+            publisher = PolicyPublisher(services.adapter, attempt)
+            session = Session(
+                attempt,
+                config,
+                ledger,
+                files,
+                trainer,
+                thread,
+                publisher,
+                RolloutCollector(services, publisher, identities),
+                prompts,
+                choose_probes(prompts.training),
+                identities,
+            )
+            await publisher.take_over(await restore_policy(session))
+            yield session
+    finally:
+        thread.close()
+
+
+async def restore_policy(session: Session) -> LocalAdapter | None:
+    """Bring the trainer to the last committed step and return its adapter; None at step 0."""
+    committed = session.ledger.get_run(session.attempt.run_id).num_committed_steps
+    session.files.drop_uncommitted(committed)
+    if committed == 0:
+        return None
+    await session.thread.run(session.trainer.load_checkpoint, session.files.checkpoint(committed))
+    log_event(log, "checkpoint loaded", run_id=session.attempt.run_id, policy_version=committed)
+    return await session.export_adapter(committed)
+
+
+def build_trainer(model: Path, config: RunConfig, *, threads: int) -> Trainer:
+    """Return the trainer at version 0."""
+    return Trainer(
+        model,
+        trainer_config(config, threads=threads),
+        config.ppo,
+        total_steps=config.total_steps,
+        reward_model=Path(config.reward_model) if config.reward_model else None,
+    )
+
+
+def trainer_config(config: RunConfig, *, threads: int) -> TrainerConfig:
+    """Return the trainer's settings with the run's seed and the service's threads where it has none of its own."""
+    own = config.trainer.model_fields_set
+    defaults = {"seed": config.seed, "threads": threads}
+    return config.trainer.model_copy(update={name: value for name, value in defaults.items() if name not in own})
+
+
+async def describe_services(services: Services, config: RunConfig, base_sha256: str) -> dict[str, object]:
+    """Return what the services serve, after checking that it fits the run.
+
+    Raises:
+        TetherError: A service cannot be reached, serves another base, or its limits are too low.
+    """
+    generator = await services.generator.call(lambda client: client.get_generator())
+    reference = await services.reference.call(lambda client: client.get_reference())
+    models = await services.reward.call(lambda client: client.list_reward_models())
+    wanted = [m for m in models if m.name == config.score_model or (m.default_model and not config.score_model)]
+    if not wanted:
+        known = ", ".join(model.name for model in models)
+        message = f"reward at {services.reward.client.target} has no model {config.score_model!r}; it has {known}"
+        raise InvalidArgumentError(message, field="score_model")
+    check_services(config, base_sha256, services, generator, reference)
+    _check_limit("responses_per_prompt", config.responses_per_prompt, services.reward, wanted[0].max_items)
+    return {"generator": asdict(generator), "reference": asdict(reference), "reward": asdict(wanted[0])}
+
+
+def check_services(
+    config: RunConfig, base_sha256: str, services: Services, generator: GeneratorState, reference: ReferenceState
+) -> None:
+    """Refuse services that serve another base model than the trainer's, or whose limits the run exceeds.
+
+    Raises:
+        FailedPreconditionError: BASE_MISMATCH, with both hashes.
+        InvalidArgumentError: Names the setting that is beyond a limit.
+    """
+    _check_base(services.generator, generator.base_model_sha256, base_sha256)
+    _check_base(services.reference, reference.base_model_sha256, base_sha256)
+    tokens, n = config.max_prompt_tokens + config.max_response_tokens, config.responses_per_prompt
+    _check_limit("max_prompt_tokens + max_response_tokens", tokens, services.generator, generator.max_model_len)
+    _check_limit("max_prompt_tokens + max_response_tokens", tokens, services.reference, reference.max_model_len)
+    _check_limit("responses_per_prompt", n, services.generator, generator.max_n)
+    _check_limit("responses_per_prompt", n, services.reference, reference.max_items)
+    _check_limit("trainer.lora_rank", config.trainer.lora_rank, services.generator, generator.max_lora_rank)
+
+
+def _check_base(remote: Remote[Any], served: str, trained: str) -> None:
+    if served != trained:
+        message = (
+            f"{remote.name} at {remote.client.target} serves the base model {served},"
+            f" the trainer has {trained}: point both at the same folder"
+        )
+        raise FailedPreconditionError(message, reason="BASE_MISMATCH")
+
+
+def _check_limit(setting: str, value: int, remote: Remote[Any], limit: int) -> None:
+    if value > limit:
+        message = f"{setting} is {value}; {remote.name} at {remote.client.target} accepts at most {limit}"
+        raise InvalidArgumentError(message, field=setting)
+
+
+def choose_probes(prompts: Sequence[Prompt]) -> tuple[Sample, ...]:
+    """Return a few fixed sequences, taken from the first prompts, each cut in a prompt of one token and a response."""
+    sequences = [prompt.token_ids * 2 for prompt in prompts[:_PROBES]]  # twice: a prompt can be a single token
+    return tuple(Sample(ids[:1], ids[1:_PROBE_TOKENS]) for ids in sequences)
+
+
+def _local_adapter(
+    exported: AdapterFiles, run_id: str, probes: Sequence[Sample], logprobs: Sequence[Sequence[float]]
+) -> LocalAdapter:
+    weights = next(file for file in exported.files if file.name.endswith(".safetensors"))
+    proofs = tuple(
+        AdapterProbe((*probe.prompt_token_ids, *probe.response_token_ids), row)
+        for probe, row in zip(probes, logprobs, strict=True)
+    )
+    push = AdapterPush(
+        run_id=run_id,
+        policy_version=exported.policy_version,
+        base_model_sha256=exported.base_sha256,
+        rank=exported.rank,
+        target_modules=exported.target_modules,
+        probes=proofs,
+        differs_from_base=not exported.is_identity,
+    )
+    size_bytes = sum(file.size_bytes for file in exported.files)
+    return LocalAdapter(exported.directory, weights.sha256, size_bytes, push)

@@ -1,0 +1,130 @@
+"""From a finished step to the record that the ledger keeps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import psutil
+
+from tether.errors import TetherError
+from tether_services.orchestrator.publishing import PushFigures
+from tether_services.orchestrator.records import StepRecord
+from tether_services.orchestrator.rollouts import Rollout
+from tether_services.orchestrator.step_metrics import DROP_REASONS, STEP_METRICS
+from tether_services.orchestrator.trainer import UpdateReport
+
+__all__ = ["StepClock", "name_phase", "summarise_step"]
+
+
+class StepClock:
+    """Times the phases of a step, and names the step and phase in errors that leave one."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._begun: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Time a phase."""
+        self._begun[name] = time.monotonic()
+        with name_phase(f"step {step}, {name}"):
+            yield
+        self._seconds[f"{name}_seconds"] = time.monotonic() - self._begun[name]
+
+    def finish(self) -> dict[str, float]:
+        """Return the seconds of each phase and of the whole step, by the names of STEP_METRICS."""
+        return {**self._seconds, "step_seconds": time.monotonic() - self._started}
+
+
+@contextmanager
+def name_phase(where: str) -> Iterator[None]:
+    """Put the place in front of the message of an error that leaves the block."""
+    try:
+        yield
+    except TetherError as error:
+        named = type(error)(f"{where}: {error.message}", reason=error.reason, violations=error.violations)
+        raise named from error
+
+
+def summarise_step(
+    step: int,
+    rollout: Rollout,
+    update: UpdateReport,
+    seconds: Mapping[str, float],
+    pushed: PushFigures,
+    *,
+    adapter_bytes: int,
+) -> StepRecord:
+    """Return the record of a step. Figures that are not finite (undefined for this batch) are left out."""
+    figures = {
+        **update.as_dict(),
+        **seconds,
+        **_sample_figures(rollout),
+        **_span_figures(rollout, seconds),
+        **_push_figures(pushed),
+        **_memory_figures(),
+        "adapter_bytes": adapter_bytes,
+    }
+    metrics = {name: float(figures[name]) for name in STEP_METRICS if name in figures and math.isfinite(figures[name])}
+    lengths = [len(sample.completion.token_ids) for sample in rollout.samples]
+    distributions: dict[str, Sequence[float]] = {
+        "score": [sample.score for sample in rollout.samples],
+        "response_length": lengths,
+    }
+    return StepRecord(step, step, metrics, distributions)
+
+
+def _sample_figures(rollout: Rollout) -> dict[str, float]:
+    samples = rollout.samples
+    scores = [sample.score for sample in samples]
+    lengths = [len(sample.completion.token_ids) for sample in samples]
+    truncated = sum(sample.completion.finish_reason == "length" for sample in samples)
+    return {
+        "samples_generated": rollout.num_generated,
+        "samples_trained": len(samples),
+        "samples_dropped": sum(rollout.dropped.values()),
+        **{f"dropped_{reason}": rollout.dropped[reason] for reason in DROP_REASONS},
+        "generated_tokens": rollout.generated_tokens,
+        "effective_tokens": sum(lengths),
+        "tokens_per_second": rollout.generated_tokens / max(rollout.generate.seconds, 1e-9),
+        "score_mean": statistics.fmean(scores),
+        "score_std": statistics.pstdev(scores),
+        "response_length_mean": statistics.fmean(lengths),
+        "truncated_ratio": truncated / len(samples),
+    }
+
+
+def _span_figures(rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
+    generate, score = rollout.generate, rollout.score
+    assert generate.first_start is not None and score.first_start is not None, "a checked rollout has samples"
+    return {
+        "rollout_seconds": generate.seconds,
+        "score_seconds": score.seconds,
+        "ref_seconds": rollout.reference.seconds,
+        "score_wait_seconds": score.first_start - generate.first_start,
+        "train_wait_seconds": max(0.0, seconds["rollout_seconds"] - generate.seconds),
+    }
+
+
+def _push_figures(pushed: PushFigures) -> dict[str, float]:
+    figures = asdict(pushed)
+    probe = figures.pop("probe_mean_abs_dlogp")
+    return {"probe_mean_abs_dlogp": probe, **{f"push_{name}": value for name, value in figures.items()}}
+
+
+def _memory_figures() -> dict[str, float]:
+    """Return the memory of this process, and of the allocator where there is a GPU."""
+    figures: dict[str, float] = {"process_memory_bytes": psutil.Process().memory_info().rss}
+    torch = sys.modules["torch"]
+    if torch.cuda.is_available():
+        figures["torch_allocated_bytes"] = torch.cuda.memory_allocated()
+        figures["torch_reserved_bytes"] = torch.cuda.memory_reserved()
+        figures["torch_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    return figures

@@ -1,0 +1,100 @@
+"""The process that trains: one attempt of one run, from the ledger's last committed step to its end.
+
+Exit status 0: the end is in the ledger, whatever it is. Anything else: the service records the failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from tether.errors import AbortedError, CancelledError, TetherError
+from tether_services.child import die_with_parent
+from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.records import Attempt, RunState
+from tether_services.orchestrator.run_config import parse_run_config
+from tether_services.runtime.logging import log_event, setup_logging
+from tether_services.runtime.server import prepare_process
+
+log = logging.getLogger(__name__)
+
+FENCED_EXIT_CODE = 3
+"""Another attempt has taken over; this one must write nothing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one attempt and return the exit status."""
+    known = _parse(arguments)
+    die_with_parent(known.parent_pid)
+    settings = OrchestratorSettings.model_validate_json(known.settings)
+    prepare_process(settings.threads)
+    setup_logging("orchestrator", settings.log_level)
+    ledger = Ledger(Path(settings.state_dir))
+    attempt = Attempt(known.run_id, known.epoch, ledger.directory(known.run_id))
+    try:
+        return asyncio.run(run_attempt(settings, ledger, attempt))
+    except AbortedError as error:
+        log_event(log, "fenced off", level=logging.ERROR, run_id=attempt.run_id, error=error.message)
+        return FENCED_EXIT_CODE
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tether_services.orchestrator.worker", description=__doc__)
+    parser.add_argument("--settings", required=True, help="OrchestratorSettings as JSON")
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--epoch", required=True, type=int)
+    parser.add_argument("--parent-pid", required=True, type=int)
+    return parser.parse_args(arguments)
+
+
+async def run_attempt(settings: OrchestratorSettings, ledger: Ledger, attempt: Attempt) -> int:
+    """Train, write the report, record the end in the ledger, and return the exit status.
+
+    Raises:
+        AbortedError: This attempt is over: another one has begun, or the run has ended.
+    """
+    await asyncio.to_thread(ledger.mark_running, attempt)
+    try:
+        await _train(settings, ledger, attempt)
+        state, error = RunState.SUCCEEDED, ""
+    except CancelledError:
+        state, error = RunState.CANCELLED, ""
+    except TetherError as failure:
+        if failure.reason == "STALE_EPOCH":
+            raise
+        state, error = RunState.FAILED, f"[{failure.reason}] {failure.message}"
+    except Exception as failure:  # a defect must end the run with its name, not leave it RUNNING
+        log.error("unforeseen error", exc_info=failure)
+        state, error = RunState.FAILED, f"[INTERNAL] {type(failure).__name__}: {failure}; worker.log has the details"
+    await asyncio.to_thread(_finish, ledger, attempt, state, error)
+    return 0
+
+
+async def _train(settings: OrchestratorSettings, ledger: Ledger, attempt: Attempt) -> None:
+    config = parse_run_config(ledger.get_run(attempt.run_id).config_toml)
+    from tether_services.orchestrator.loop import run_training
+    from tether_services.orchestrator.session import open_session
+
+    async with open_session(settings, config, ledger, attempt) as session:
+        await run_training(session)
+
+
+def _finish(ledger: Ledger, attempt: Attempt, state: RunState, error: str) -> None:
+    """Write the report first: whoever sees a final state finds it."""
+    from tether_services.orchestrator.report import write_report
+
+    try:
+        write_report(ledger, attempt.run_id, state=state, error=error)
+    except OSError as failure:
+        state, error = RunState.FAILED, f"{error} the report could not be written: {failure}".strip()
+    level = logging.ERROR if state is RunState.FAILED else logging.INFO
+    log_event(log, f"run {state.value.lower()}", level=level, run_id=attempt.run_id, error=error)
+    ledger.finish(attempt, state, error=error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""From a finished step to its record: counts, times and means."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+
+import pytest
+
+from tests.unit.run_inputs import scored_sample
+from tether.errors import FailedPreconditionError
+from tether_services.orchestrator.loop import check_update
+from tether_services.orchestrator.publishing import PushFigures
+from tether_services.orchestrator.rollouts import Rollout, Span
+from tether_services.orchestrator.step_metrics import DROP_REASONS, OPTIONAL_METRICS, STEP_METRICS
+from tether_services.orchestrator.step_record import StepClock, name_phase, summarise_step
+from tether_services.orchestrator.trainer import UpdateReport
+
+PUSHED = PushFigures(
+    transfer_seconds=0.1, verify_seconds=0.2, load_seconds=0.3, activate_seconds=0.4, probe_mean_abs_dlogp=1e-6
+)
+SECONDS = {
+    "step_seconds": 20.0,
+    "rollout_seconds": 6.0,
+    "train_seconds": 9.0,
+    "checkpoint_seconds": 0.5,
+    "push_seconds": 2.0,
+    "push_serialize_seconds": 0.25,
+}
+
+
+def update_report(**figures: float) -> UpdateReport:
+    values = dict.fromkeys(UpdateReport.__dataclass_fields__, 0.25)
+    return UpdateReport(**(values | figures))  # type: ignore[arg-type]
+
+
+def rollout() -> Rollout:
+    samples = [
+        scored_sample(token_ids=(5, 6), score=1.0),
+        scored_sample(token_ids=(7,), logprobs=(-0.5,), ref_logprobs=(-0.25,), score=4.0, stopped=True),
+        scored_sample(token_ids=(8, 9), score=-2.0, stopped=True),
+    ]
+    return Rollout(
+        samples,
+        Counter(not_scored=1),
+        num_generated=4,
+        generated_tokens=10,
+        generate=Span(100.0, 104.0),
+        score=Span(101.0, 105.5),
+        reference=Span(101.0, 106.0),
+    )
+
+
+def test_the_figures_of_a_step_are_counted_from_its_samples() -> None:
+    metrics = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=77).metrics
+    assert (metrics["samples_generated"], metrics["samples_trained"], metrics["samples_dropped"]) == (4, 3, 1)
+    assert [metrics[f"dropped_{reason}"] for reason in DROP_REASONS] == [0, 0, 0, 0, 1]
+    assert (metrics["generated_tokens"], metrics["effective_tokens"], metrics["tokens_per_second"]) == (10, 5, 2.5)
+    assert metrics["score_mean"] == 1.0
+    assert metrics["score_std"] == pytest.approx(math.sqrt(6.0))
+    assert metrics["response_length_mean"] == pytest.approx(5 / 3)
+    assert metrics["truncated_ratio"] == pytest.approx(1 / 3)
+    assert metrics["adapter_bytes"] == 77
+
+
+def test_overlapping_phases_have_their_own_spans_and_waits() -> None:
+    metrics = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=1).metrics
+    assert (metrics["rollout_seconds"], metrics["score_seconds"], metrics["ref_seconds"]) == (4.0, 4.5, 5.0)
+    assert metrics["score_wait_seconds"] == 1.0
+    assert metrics["train_wait_seconds"] == 2.0, "6 s of rollout phase, 4 s of generation"
+    stages = [metrics[f"push_{stage}_seconds"] for stage in ("serialize", "transfer", "verify", "load", "activate")]
+    assert stages == [0.25, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_record_has_every_name_of_the_list_and_no_other() -> None:
+    record = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=1)
+    assert (record.step, record.policy_version) == (3, 3)
+    assert set(STEP_METRICS) - set(record.metrics) <= OPTIONAL_METRICS
+    assert set(record.metrics) <= set(STEP_METRICS)
+    assert record.distributions == {"score": [1.0, 4.0, -2.0], "response_length": [2, 1, 2]}
+
+
+def test_a_figure_that_is_undefined_is_left_out() -> None:
+    report = update_report(explained_variance=math.nan)
+    assert "explained_variance" not in summarise_step(3, rollout(), report, SECONDS, PUSHED, adapter_bytes=1).metrics
+
+
+def test_the_clock_times_phases_and_the_step() -> None:
+    clock = StepClock()
+    with clock.phase("train", 0):
+        time.sleep(0.02)
+    seconds = clock.finish()
+    assert 0.02 <= seconds["train_seconds"] <= seconds["step_seconds"] < 5
+
+
+def test_an_error_says_in_which_step_and_phase_it_happened() -> None:
+    clock = StepClock()
+    with pytest.raises(FailedPreconditionError) as caught, clock.phase("push", 4):
+        raise FailedPreconditionError("adapter at x: refused", reason="PROOF_FAILED")
+    assert caught.value.message == "step 4, push: adapter at x: refused"
+    assert caught.value.reason == "PROOF_FAILED"
+    with pytest.raises(ZeroDivisionError), name_phase("anywhere"):
+        raise ZeroDivisionError
+
+
+def test_d1_a_first_step_whose_policy_is_not_the_reference_is_refused() -> None:
+    check_update(update_report(kl_per_token=1e-6, kl_k3_per_token=0.0), 0, limit=0.05)
+    check_update(update_report(kl_per_token=0.3, kl_k3_per_token=0.2), 1, limit=0.05)
+    for figures in ({"kl_per_token": 0.06}, {"kl_per_token": -0.06}, {"kl_k3_per_token": 0.06}):
+        with pytest.raises(FailedPreconditionError) as caught:
+            check_update(update_report(**({"kl_per_token": 0.0, "kl_k3_per_token": 0.0} | figures)), 0, limit=0.05)
+        assert caught.value.reason == "REFERENCE_MISMATCH"
+
+
+def test_every_figure_has_a_meaning_and_stands_in_the_readme() -> None:
+    from pathlib import Path
+
+    import tether_services.orchestrator as package
+
+    readme = (Path(next(iter(package.__path__))) / "README.md").read_text()
+    assert [name for name in STEP_METRICS if f"`{name}`" not in readme] == []
+    assert all(STEP_METRICS.values())
