@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tether.errors import AbortedError, CancelledError, TetherError
-from tether_services.child import die_with_parent
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.run_config import parse_run_config
+from tether_services.runtime.child import die_with_parent
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.server import prepare_process
 

@@ -1,4 +1,4 @@
-"""Runs a module that does not outlive its parent: `python -m tether_services.child PARENT_PID MODULE ...`."""
+"""Runs a module that does not outlive its parent: `python -m tether_services.runtime.child PARENT_PID MODULE ...`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The `tether` command: argument parsing, and one module per family of subcommands."""

@@ -1,0 +1,28 @@
+"""The TOML document of a run, read from a file with keys overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from tether_services.runtime.settings import merge_overrides, read_toml
+
+
+def read_run_document(path: Path, overrides: Sequence[str]) -> str:
+    """Return the document; without overrides it is the file as it is, comments included.
+
+    Args:
+        path: TOML file.
+        overrides: `key=value`, keys as dotted paths.
+
+    Raises:
+        InvalidArgumentError: The file cannot be read or is not TOML, or an override is not key=value.
+    """
+    values: dict[str, Any] = read_toml(path)
+    if not overrides:
+        return path.read_text(encoding="utf-8")
+    merge_overrides(values, overrides)
+    return tomli_w.dumps(values)

@@ -1,0 +1,1 @@
+"""The four services as supervised processes on one machine."""

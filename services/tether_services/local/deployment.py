@@ -1,0 +1,257 @@
+"""The four services as supervised processes on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import tomli_w
+
+from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether_services.local.supervision import Child, ChildSpec, Report
+
+SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
+Engine = Literal["transformers", "vllm", "fake"]
+
+DEMO_MODELS: Final = Path(__file__).parents[1] / "demo" / "models"
+"""Folders `policy` and `reward`: small models that ship with the package."""
+PORTS: Final = range(20_000, 32_000)
+"""Below the range from which the kernel takes ports for outgoing connections, so that none is taken meanwhile."""
+USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, 9101, 9102, 9103, 9104)
+"""Defaults of the services and the clients: generator, adapter, reward, reference, orchestrator, then the metrics."""
+FOLDER: Final = "_services"
+"""Folder of configurations and logs in the state folder; no run can have this name."""
+DRAIN_SECONDS: Final = 5.0
+"""How long a service lets calls in flight finish; on one machine nobody waits for longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """What to start."""
+
+    state_dir: Path = Path("runs")
+    """Folder for runs, configurations and logs; made if missing."""
+    engine: Engine = "transformers"
+    """Engine of the generator. `fake` makes all of them fake: no models, deterministic answers."""
+    model: str = str(DEMO_MODELS / "policy")
+    """Folder or hub name of the policy and reference model."""
+    reward_model: str = str(DEMO_MODELS / "reward")
+    """Folder or hub name of the reward model."""
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """CPU threads to share out, 1 or more."""
+    usual_ports: bool = False
+    """Listen where the clients look by default, if all of those ports are free; else on any free ports."""
+    start_seconds: float = 300.0
+    """Longest start of a service."""
+    stop_seconds: float = 15.0
+    """From SIGTERM to SIGKILL."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further settings per service, stronger than those above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the services listen, each as host:port."""
+
+    generator: str
+    adapter: str
+    """The generator's admin port."""
+    reward: str
+    reference: str
+    orchestrator: str
+    metrics: Mapping[str, str]
+    """Prometheus endpoint of each service."""
+
+
+class LocalDeployment:
+    """Starts the four services, restarts one that dies, and stops all of them at the end. An async context manager.
+
+    The children do not outlive this process, whatever ends it.
+    """
+
+    def __init__(self, options: LocalOptions, *, report: Report) -> None:
+        """Choose addresses and check the options.
+
+        Args:
+            options: What to start.
+            report: Called with one line per event.
+
+        Raises:
+            InvalidArgumentError: An option is out of range.
+        """
+        _check_options(options)
+        self.options = options
+        self.addresses = _choose_addresses(usual=options.usual_ports)
+        self._report = report
+        self._children: dict[str, Child] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:  # also when interrupted: nothing may be left running
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    @property
+    def pids(self) -> dict[str, int | None]:
+        """Process id of each service; None while one is being restarted."""
+        return {name: child.pid for name, child in self._children.items()}
+
+    @property
+    def log_folder(self) -> Path:
+        """Folder with a log and a configuration per service."""
+        return self.options.state_dir / FOLDER
+
+    async def wait(self) -> None:
+        """Wait until a service cannot be restarted.
+
+        Raises:
+            FailedPreconditionError: Always, in the end; names the service and holds its last log lines.
+        """
+        given_up = [child.given_up for child in self._children.values()]
+        done, _others = await asyncio.wait(given_up, return_when=asyncio.FIRST_COMPLETED)
+        raise FailedPreconditionError(done.pop().result(), reason="SERVICE_FAILED")
+
+    async def _start(self) -> None:
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        for name, settings in service_settings(self.options, self.addresses).items():
+            self._children[name] = Child(self._spec(name, settings), report=self._report)
+        timeout = self.options.start_seconds
+        starting = [asyncio.create_task(child.start(timeout_seconds=timeout)) for child in self._children.values()]
+        try:
+            await asyncio.gather(*starting)
+        finally:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+
+    async def _stop(self) -> None:
+        """Stop the orchestrator first, so that no run sees the others disappear."""
+        orchestrator = self._children.pop("orchestrator", None)
+        others, self._children = self._children, {}
+        grace = self.options.stop_seconds
+        try:
+            if orchestrator is not None:
+                await orchestrator.stop(grace_seconds=grace)
+        finally:
+            await asyncio.gather(*(child.stop(grace_seconds=grace) for child in others.values()))
+
+    def _spec(self, name: str, settings: Mapping[str, Any]) -> ChildSpec:
+        config = self.log_folder / f"{name}.toml"
+        config.write_text(tomli_w.dumps(settings), encoding="utf-8")
+        return ChildSpec(
+            name=name,
+            module=f"tether_services.{name}",
+            arguments=("--config", str(config)),
+            environment=_thread_environment(int(settings["threads"])),
+            address=str(settings["address"]),
+            log_file=self.log_folder / f"{name}.log",
+        )
+
+
+def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, dict[str, Any]]:
+    """Return the settings of each service.
+
+    The services work in turns with the trainer, so that the orchestrator gets all threads, and at the same time as each
+    other, so that they share them.
+    """
+    share = max(1, options.threads // 4)
+    # One numeric type for all that compute the policy, the trainer's default: log-probabilities must agree.
+    model = {} if options.engine == "fake" else {"model": options.model, "dtype": "float32"}
+    reward = {} if options.engine == "fake" else {"model": options.reward_model}
+    engine = "fake" if options.engine == "fake" else "transformers"
+    chosen: dict[str, dict[str, Any]] = {
+        "generator": {
+            "address": addresses.generator,
+            "admin_address": addresses.adapter,
+            "engine": options.engine,
+            "threads": max(1, options.threads // 2),
+            **model,
+        },
+        "reward": {"address": addresses.reward, "engine": engine, "threads": share, **reward},
+        "reference": {"address": addresses.reference, "engine": engine, "threads": share, **model},
+        "orchestrator": {
+            "address": addresses.orchestrator,
+            "state_dir": str(options.state_dir),
+            "generator_address": addresses.generator,
+            "adapter_address": addresses.adapter,
+            "reward_address": addresses.reward,
+            "reference_address": addresses.reference,
+            "threads": options.threads,
+        },
+    }
+    for name, settings in chosen.items():
+        settings |= {"metrics_address": addresses.metrics[name], "drain_seconds": DRAIN_SECONDS}
+        settings |= options.settings.get(name, {})
+    if "models" in chosen["reward"]:  # stands in for engine and model, and is refused beside them
+        chosen["reward"] = {key: value for key, value in chosen["reward"].items() if key not in ("engine", "model")}
+    return chosen
+
+
+def _check_options(options: LocalOptions) -> None:
+    if options.threads < 1:
+        raise InvalidArgumentError(
+            f"threads is {options.threads}; at least 1 is needed.", field="threads", reason="INVALID_CONFIG"
+        )
+    unknown = sorted(set(options.settings) - set(SERVICES))
+    if unknown:
+        raise InvalidArgumentError(
+            f"There is no service {unknown[0]!r}; there are {', '.join(SERVICES)}.",
+            field=f"settings.{unknown[0]}",
+            reason="INVALID_CONFIG",
+        )
+    for name in ("address", "admin_address", "metrics_address", "state_dir"):
+        for service, settings in options.settings.items():
+            if name in settings:
+                raise InvalidArgumentError(
+                    f"{name} is chosen by the local deployment; start the service with `tether serve` to set it.",
+                    field=f"{service}.{name}",
+                    reason="INVALID_CONFIG",
+                )
+
+
+def _choose_addresses(*, usual: bool) -> Addresses:
+    ports = USUAL_PORTS if usual and all(is_free(port) for port in USUAL_PORTS) else free_ports(len(USUAL_PORTS))
+    generator, adapter, reward, reference, orchestrator, *metrics = (f"127.0.0.1:{port}" for port in ports)
+    return Addresses(generator, adapter, reward, reference, orchestrator, dict(zip(SERVICES, metrics, strict=True)))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return that many different ports that nobody listens on at 127.0.0.1 now."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if is_free(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise FailedPreconditionError(f"There are no {count} free ports between {PORTS[0]} and {PORTS[-1]}.")
+
+
+def is_free(port: int) -> bool:
+    """Return whether nobody listens on a port at 127.0.0.1 now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not hold a port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _thread_environment(threads: int) -> dict[str, str]:
+    """Return the thread budget of every tensor library; idle threads must sleep, or processes starve each other."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {**dict.fromkeys(names, str(threads)), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,81 @@
+"""A byte-level BPE tokenizer trained on the project's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tether.errors import InvalidArgumentError
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+"""Three distinct special tokens, ids 0, 1 and 2: the end of a text is never confused with padding."""
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that encodes any text without loss and puts `<s>` in front.
+
+    `split_special_tokens` is on and stored with the tokenizer: the characters `</s>` in a text are encoded as those
+    characters, never as the end token.
+
+    Args:
+        documents: Texts to learn the merges from.
+        vocab_size: Tokens in all, with 3 special ones and 256 bytes.
+        max_length: Longest sequence of the model in tokens.
+
+    Raises:
+        InvalidArgumentError: The texts hold too few distinct pairs for that many tokens.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(documents, trainer)
+    if core.get_vocab_size() != vocab_size:
+        raise InvalidArgumentError(
+            f"the text yields {core.get_vocab_size()} tokens, not {vocab_size}; give more text or a smaller number",
+            field="vocab_size",
+        )
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=max_length,
+        padding_side="right",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: Path, *, field: str) -> Any:
+    """Return the tokenizer of a folder.
+
+    Raises:
+        InvalidArgumentError: No tokenizer there, or its bos, eos and pad tokens are not three.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"no tokenizer in {folder}: {error}", field=field) from error
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if None in ids or len(set(ids)) != len(ids):
+        raise InvalidArgumentError(f"the tokenizer in {folder} needs distinct bos, eos and pad tokens", field=field)
+    return tokenizer
+
+
+def encode_document(tokenizer: Any, text: str, *, end: bool = True) -> list[int]:
+    """Return `<s>`, the tokens of a text, and `</s>` where `end` is true; special strings in the text stay text."""
+    body: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [tokenizer.bos_token_id, *body, *([tokenizer.eos_token_id] if end else [])]

@@ -1,0 +1,126 @@
+"""The demonstration: its configuration and its summary."""
+
+from __future__ import annotations
+
+import io
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from rich.console import Console
+
+from tether_services.cli.local_commands import local_options
+from tether_services.cli.main import build_parser
+from tether_services.demo.demo import PROMPTS, count_prompts, demo_config
+from tether_services.demo.summary import NUM_STORIES, print_summary
+from tether_services.local.deployment import DEMO_MODELS
+from tether_services.orchestrator.config import RunConfig
+
+
+def configure(*arguments: str) -> dict[str, Any]:
+    known = build_parser().parse_args(["demo", *arguments])
+    return demo_config(known, local_options(known, state_dir=known.output))
+
+
+def test_the_packaged_configuration_is_valid_and_names_the_packaged_files() -> None:
+    config = RunConfig.model_validate(configure("--threads", "3"))
+    assert config.model == str(DEMO_MODELS / "policy")
+    assert config.reward_model == str(DEMO_MODELS / "reward")
+    assert config.prompts == str(PROMPTS)
+    assert config.trainer.threads == 3
+    assert config.evaluation and config.evaluation_count >= 64
+    assert config.max_response_tokens == 64
+
+
+def test_the_packaged_prompts_are_enough_and_all_different() -> None:
+    lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    config = RunConfig.model_validate(configure())
+    assert len(set(lines)) == len(lines) == count_prompts(PROMPTS)
+    assert len(lines) >= config.evaluation_count + config.prompts_per_step
+
+
+def test_the_command_line_is_stronger_than_the_file(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One\n\nTwo\nThree\nFour\n")
+    values = configure("--steps", "2", "--seed", "5", "--prompts", str(prompts), "--set", "ppo.kl_coef=0.3")
+    config = RunConfig.model_validate(values)
+    assert (config.total_steps, config.seed, config.trainer.seed) == (2, 5, 5)
+    assert (config.prompts, config.evaluation_count) == (str(prompts), 2)
+    assert config.ppo.kl_coef == 0.3
+
+
+def test_a_reward_model_without_adapter_is_scored_with_but_no_start_for_the_critic(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(configure("--reward-model", str(tmp_path)))
+    assert config.reward_model == ""
+
+
+def test_everything_the_command_writes_survives_as_toml() -> None:
+    values = configure("--seed", "1")
+    assert tomllib.loads(tomli_w.dumps(values)) == values
+
+
+def test_missing_prompts_count_as_none(tmp_path: Path) -> None:
+    assert count_prompts(tmp_path / "nowhere.txt") == 0
+
+
+def evaluation(version: int, shift: float) -> dict[str, Any]:
+    samples = [
+        {"prompt": f"Prompt {n} [bold]", "response": f" ends {version} [/bold]", "score": n + shift} for n in range(6)
+    ]
+    return {
+        "policy_version": version,
+        "score_mean": 2.5 + shift,
+        "score_std": 1.708,
+        "kl_per_response": 3.25 * version,
+        "kl_per_64_tokens": 3.5 * version,
+        "response_length_mean": 60.5,
+        "truncated_ratio": 0.875,
+        "samples": samples,
+    }
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {
+        "before": evaluation(0, 0.0),
+        "after": evaluation(20, 2.0),
+        "gain_in_sd": 1.171,
+        "samples": {"generated": 100, "trained": 98, "dropped": 2},
+        "versions_as_expected": True,
+        "mean_abs_dlogp_max": 5.2e-7,
+    } | changes
+
+
+def printed(values: dict[str, Any]) -> str:
+    output = io.StringIO()
+    print_summary(values, Console(file=output, width=140))
+    return output.getvalue()
+
+
+def test_the_summary_shows_before_and_after_side_by_side() -> None:
+    text = printed(report())
+    assert "+2.500" in text and "+4.500" in text and "65.00" in text and "88%" in text
+    assert "after (policy version 20)" in text and "6 held-out prompts" in text
+    assert "gain: +1.17 standard deviations" in text
+    assert "100 generated, 98 trained on, 2 dropped" in text
+    assert "every sample from the expected version: yes" in text
+    assert "5.2e-07 nats" in text
+
+
+def test_the_summary_shows_the_first_pairs_with_their_text_unchanged() -> None:
+    text = printed(report())
+    for number in range(NUM_STORIES):
+        assert text.count(f"Prompt {number} [bold]") == 2
+    assert f"Prompt {NUM_STORIES}" not in text
+    assert " ends 0 [/bold]" in text and " ends 20 [/bold]" in text
+
+
+def test_the_summary_does_not_hide_what_went_wrong() -> None:
+    assert "every sample from the expected version: NO" in printed(report(versions_as_expected=False))
+    assert "undefined" in printed(report(gain_in_sd=None))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_without_evaluation_says_so(moment: str) -> None:
+    assert printed(report(**{moment: None})) == "The run had no evaluation.\n"

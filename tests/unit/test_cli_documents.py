@@ -1,0 +1,50 @@
+"""The document of a run."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tether.errors import InvalidArgumentError
+from tether_services.cli.run_document import read_run_document
+
+
+def test_a_document_without_overrides_is_the_file_itself(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("# a comment\ntotal_steps = 3\n")
+    assert read_run_document(file, []) == "# a comment\ntotal_steps = 3\n"
+
+
+def test_overrides_reach_into_tables_and_keep_their_types(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "a"\n[ppo]\nlam = 0.9\nepochs = 2\n')
+    document = read_run_document(
+        file, ["ppo.lam=0.5", "model=my model", "trainer.learning_rate=1e-3", "evaluation=false"]
+    )
+    assert tomllib.loads(document) == {
+        "model": "my model",
+        "evaluation": False,
+        "ppo": {"lam": 0.5, "epochs": 2},
+        "trainer": {"learning_rate": 1e-3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "expected"),
+    [
+        (None, [], "Cannot read"),
+        ("model = ", [], "not valid TOML"),
+        ("a = 1", ["nonsense"], "key=value"),
+        ("a = 1", ["a.b=2"], "not a table"),
+    ],
+)
+def test_a_bad_file_or_override_says_what_is_wrong(
+    tmp_path: Path, content: str | None, overrides: list[str], expected: str
+) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InvalidArgumentError, match=expected):
+        read_run_document(file, overrides)
