@@ -290,6 +290,23 @@ def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(tm
     run(scenario(), timeout_seconds=SECONDS)
 
 
+def test_a_reward_model_that_reads_other_token_ids_than_the_policy_is_refused(tmp_path: Path) -> None:
+    model, text = tiny_run(tmp_path)
+
+    async def scenario() -> None:
+        settings = RewardSettings.model_validate({**LOCAL, "model": str(DEMO / "models" / "reward")})
+        async with (
+            serving(settings, lambda registry: RewardService(settings, registry)) as reward,
+            world(model, tmp_path / "runs", reward_address=reward.target) as w,
+        ):
+            await w.client.start_run("demo", text)
+            steps, end = await w.watch("demo")
+            assert (end.state, steps) == ("failed", [])
+            assert "[TOKENIZER_MISMATCH]" in end.error and f"reward at {reward.target}" in end.error
+
+    run(scenario(), timeout_seconds=SECONDS)
+
+
 def test_the_settings_reach_the_worker_as_they_are(tmp_path: Path) -> None:
     settings = OrchestratorSettings(state_dir=str(tmp_path), concurrency=3, log_level="WARNING")
     assert OrchestratorSettings.model_validate_json(settings.model_dump_json()) == settings

@@ -414,6 +414,30 @@ def test_chunk_at_another_offset_or_beyond_the_end_is_refused_and_the_upload_sur
     run(scenario())
 
 
+def test_stream_whose_upload_was_replaced_is_told_so_when_it_ends() -> None:
+    async def scenario() -> None:
+        async with serve_generator() as serving:
+            adapter = fake_adapter(1)
+            begun = await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
+            replaced = asyncio.Event()
+
+            async def stream() -> Any:
+                yield adapter_pb2.PushChunksRequest(upload_id=begun.upload_id, data=adapter.data[:10])
+                await replaced.wait()
+
+            pushing = asyncio.create_task(refusal(serving.adapters.PushChunks(stream(), timeout=10)))
+            while (
+                await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
+            ).committed_offset < 10:
+                await asyncio.sleep(0.01)
+            await serving.adapters.BeginPush(begin_request(fake_adapter(2), "run-a", 1), timeout=5)
+            replaced.set()
+            ended = await pushing
+            assert (ended.code, ended.fields) == (NOT_FOUND, ("upload_id",))
+
+    run(scenario())
+
+
 def test_malformed_streams_name_the_field() -> None:
     async def scenario() -> None:
         async with serve_generator() as serving:

@@ -188,6 +188,14 @@ def pickle_bytes() -> bytes:
     return buffer.getvalue()
 
 
+def with_raw_header(change: Callable[[bytes], bytes]) -> bytes:
+    """Right tensors behind a header that the library which loads them would not take."""
+    weights = fake_adapter(2).weights
+    size = struct.unpack("<Q", weights[:8])[0]
+    header = change(weights[8 : 8 + size])
+    return struct.pack("<Q", len(header)) + header + weights[8 + size :]
+
+
 @pytest.mark.parametrize(
     "weights",
     [
@@ -199,6 +207,8 @@ def pickle_bytes() -> bytes:
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 4) + b"{{{{",
         struct.pack("<Q", 20_000) + b"[" * 20_000,
+        with_raw_header(lambda raw: b" " + raw),
+        with_raw_header(lambda raw: raw.decode().encode("utf-16")),
         fake_adapter(2).weights[:-1],
         fake_adapter(2).weights[:200],
         fake_adapter(2).weights + b"\x00" * 4,
@@ -214,6 +224,8 @@ def pickle_bytes() -> bytes:
         "list header",
         "broken json",
         "deep json",
+        "space before the header",
+        "header in utf-16",
         "truncated",
         "half a header",
         "too long",
@@ -240,6 +252,8 @@ def test_what_is_not_safetensors_is_refused(weights: bytes) -> None:
         lambda header: header[A_NAME].pop("shape"),
         lambda header: header.update({A_NAME: "a string"}),
         lambda header: header.update(extra={"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}),
+        lambda header: header.update(__metadata__=["pt"]),
+        lambda header: header.update(__metadata__={"format": 1}),
     ],
 )
 def test_tampered_header_is_refused(change: Callable[[Header], None]) -> None:
@@ -301,6 +315,7 @@ def test_infinities_and_nans_are_refused(poison: float, kind: Any) -> None:
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj", 7]},
         {"use_rslora": "yes"},
+        {"lora_alpha": 10**400},
         {"use_dora": True},
         {"bias": "all"},
         {"lora_bias": True},

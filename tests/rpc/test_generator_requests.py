@@ -183,7 +183,8 @@ def test_prompt_that_fills_the_context_is_named_before_and_after_tokenising() ->
     long_text.prompt = "x" * FAKE_MAX_MODEL_LEN
     absurd = generate_request((), max_tokens=1)
     absurd.prompt = "x" * (FAKE_MAX_MODEL_LEN * 64 + 1)
-    assert [r.fields for r in refuse(long_ids, long_text, absurd)] == [("prompt",)] * 3
+    refused = refuse(long_ids, long_text, absurd)
+    assert [r.fields for r in refused] == [("prompt_token_ids",), ("prompt",), ("prompt",)]
 
 
 def test_bad_messages_are_named() -> None:
@@ -193,6 +194,13 @@ def test_bad_messages_are_named() -> None:
     refused = refuse(role, empty)
     assert [r.fields for r in refused] == [("messages[0].role",), ("messages[0].content",)]
     assert {r.code for r in refused} == {INVALID}
+
+
+def test_huge_fields_are_refused_by_their_size_before_they_are_read() -> None:
+    ids, messages = generate_request([9_999] * 500_000), generate_request(())
+    messages.messages.extend([generator_pb2.ChatMessage()] * 500_000)
+    refused = refuse(ids, messages)
+    assert [r.fields for r in refused] == [("prompt_token_ids",), ("messages",)]  # not their first bad entry
 
 
 def test_longest_prompt_and_completion_fit_exactly() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ from tests.rpc.serving import health, run
 from tether.errors import InvalidArgumentError
 from tether.v1 import adapter_pb2, generator_pb2
 from tether_services.generator.config import GeneratorSettings
+from tether_services.generator.engine import LoadedAdapter
+from tether_services.generator.engines.transformers import TransformersEngine
 from tether_services.runtime.text import HfCodec
 
 Scenario = Callable[[Serving], Awaitable[None]]
@@ -59,6 +62,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def oracle(folders: dict[str, Path]) -> checks.Oracle:
     return checks.Oracle(PACKAGED_POLICY, folders)
+
+
+def test_adapter_that_cannot_be_loaded_leaves_nothing_in_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    async def scenario(serving: Serving) -> None:
+        engine = serving.service.engine
+        assert isinstance(engine, TransformersEngine)
+        broken = shutil.copytree(folders["one"], tmp_path / "broken")
+        (broken / "adapter_model.safetensors").write_bytes(b"not safetensors")
+        request: dict[str, Any] = {"max_tokens": 8, "seed": 5}
+        before = await serving.generate(**request)
+        for number in (1, 3):  # as the first adapter of the process, and beside one that is loaded
+            with pytest.raises(Exception, match="header"):
+                await engine.load_adapter(LoadedAdapter(number, f"broken{number}", "run-a", number, "", broken))
+            assert [name for name in find_lora_names(engine) if name.startswith(f"adapter_{number}")] == []
+            assert await serving.generate(**request) == before
+            good = LoadedAdapter(number + 1, f"good{number}", "run-a", number + 1, "", folders["one"])
+            await engine.load_adapter(good)
+            assert find_lora_names(engine) >= {f"adapter_{number + 1}"}
+            assert await serving.generate(**request) == before
+
+    with_server(scenario)
+
+
+def find_lora_names(engine: TransformersEngine) -> set[str]:
+    """The adapters that have matrices in the model."""
+    return {
+        name.split(".lora_A.")[1].split(".")[0] for name, _ in engine._model.named_parameters() if ".lora_A." in name
+    }
 
 
 @needs_stories

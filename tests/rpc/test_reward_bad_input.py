@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -76,6 +77,7 @@ BAD_ITEMS = [
     (message("robot", "hello"), "messages[0].role", "INVALID_FIELD"),
     (message("assistant", ""), "messages[0].content", "INVALID_FIELD"),
     (message("assistant", "x" * 3001), "messages", "INVALID_FIELD"),
+    (reward_pb2.ScoreItem(messages=[{"role": "robot"}] * 1025), "messages", "INVALID_FIELD"),
     (reward_pb2.ScoreItem(response="r", response_token_ids=[5]), "", "SEVERAL_FORMS"),
     (reward_pb2.ScoreItem(response="r", messages=[{"role": "assistant", "content": "c"}]), "", "SEVERAL_FORMS"),
 ]
@@ -92,6 +94,23 @@ def test_every_bad_item_is_refused_alone_with_its_field() -> None:
             assert (bad.error.code, bad.error.field, bad.error.reason) == (INVALID.value[0], expected, reason)
             assert bad.error.message
             assert (bad.score, bad.token_count, len(bad.components)) == (0.0, 0, 0)  # unset
+
+    with_stub(scenario)
+
+
+def test_health_answers_while_a_huge_call_is_read() -> None:
+    conversation = reward_pb2.ScoreItem(messages=[{}] * 60_000)
+    huge = reward_pb2.ScoreRequest(items=[conversation] * 4)
+
+    async def scenario(stub: Stub) -> None:
+        longest = 0.0
+        call = asyncio.ensure_future(stub.Score(huge, timeout=60))
+        while not call.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.005)
+            longest = max(longest, time.monotonic() - began)
+        assert [score.error.field for score in (await call).scores] == [f"items[{i}].messages" for i in range(4)]
+        assert longest < 0.5, longest
 
     with_stub(scenario)
 

@@ -289,6 +289,24 @@ def test_a_taken_port_is_an_error_that_names_the_setting() -> None:
         asyncio.run(main())
 
 
+def test_a_taken_metrics_port_is_an_error_that_names_the_setting() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = ServerSettings(metrics_address=f"127.0.0.1:{taken.getsockname()[1]}")
+
+        async def main() -> None:
+            runner = ServiceRunner(given, EchoService(), CollectorRegistry())
+            try:
+                with pytest.raises(InvalidArgumentError) as caught:
+                    await runner.start()
+                assert caught.value.violations[0].field == "metrics_address"
+            finally:
+                await runner.close()
+
+        asyncio.run(main())
+
+
 def test_two_servers_never_share_a_port() -> None:
     async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
         address = f"127.0.0.1:{runner.bound_ports[0]}"

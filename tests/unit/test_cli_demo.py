@@ -11,12 +11,14 @@ import pytest
 import tomli_w
 from rich.console import Console
 
+from tether.errors import InvalidArgumentError
 from tether_services.cli.local_commands import local_options
 from tether_services.cli.main import build_parser
 from tether_services.demo.demo import PROMPTS, count_prompts, demo_config
 from tether_services.demo.summary import NUM_STORIES, print_summary
 from tether_services.local.deployment import DEMO_MODELS
 from tether_services.orchestrator.config import RunConfig
+from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 
 
 def configure(*arguments: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def test_the_packaged_configuration_is_valid_and_names_the_packaged_files() -> N
 def test_the_packaged_prompts_are_enough_and_all_different() -> None:
     lines = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
     config = RunConfig.model_validate(configure())
-    assert len(set(lines)) == len(lines) == count_prompts(PROMPTS)
+    assert len(set(lines)) == len(lines) == count_prompts(str(PROMPTS))
     assert len(lines) >= config.evaluation_count + config.prompts_per_step
 
 
@@ -61,8 +63,21 @@ def test_everything_the_command_writes_survives_as_toml() -> None:
     assert tomllib.loads(tomli_w.dumps(values)) == values
 
 
+@pytest.mark.parametrize(("content", "field"), [(None, "prompts"), ("One\nTwo\n", "evaluation_count")])
+def test_prompts_that_do_not_suffice_are_refused_for_what_they_lack(
+    tmp_path: Path, content: str | None, field: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    if content is not None:
+        prompts.write_text(content)
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_run_config(parse_run_config(tomli_w.dumps(configure("--prompts", str(prompts)))))
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert "greater than" not in caught.value.violations[0].description
+
+
 def test_missing_prompts_count_as_none(tmp_path: Path) -> None:
-    assert count_prompts(tmp_path / "nowhere.txt") == 0
+    assert count_prompts(str(tmp_path / "nowhere.txt")) == 0
 
 
 def evaluation(version: int, shift: float) -> dict[str, Any]:

@@ -23,8 +23,8 @@ METRICS = {
 }
 
 
-def new_run(state: str = "running", error: str = "") -> Run:
-    return Run("demo-1", state, 1, 20, 1, error, NOW, None, "/runs/demo-1")  # type: ignore[arg-type]
+def new_run(state: str = "running", error: str = "", *, run_id: str = "demo-1") -> Run:
+    return Run(run_id, state, 1, 20, 1, error, NOW, None, f"/runs/{run_id}")  # type: ignore[arg-type]
 
 
 def shown(events: list[StepEvent | Run], *, terminal: bool) -> str:
@@ -88,3 +88,15 @@ def test_tables_of_runs_show_what_was_committed() -> None:
     assert "1/20" in output.getvalue() and "2024-05-01 12:30:00" in output.getvalue()
     assert "/runs/demo-1" in output.getvalue()
     assert "end_time" not in output.getvalue()
+
+
+def test_a_narrow_table_of_runs_still_shows_whole_ids() -> None:
+    output = io.StringIO()
+    Console(file=output, width=80).print(runs_table((new_run(run_id="demo-20240501-123000-with-a-longer-name"),)))
+    assert "demo-20240501-123000-with-a-longer-name " in output.getvalue()
+
+
+def test_square_brackets_in_a_table_are_shown_as_they_are() -> None:
+    output = io.StringIO()
+    Console(file=output, width=160).print(run_table(new_run("failed", "no layer [bold]x[/nothing]")))
+    assert "no layer [bold]x[/nothing]" in output.getvalue()

@@ -40,6 +40,15 @@ def test_facts_of_a_model_are_read_from_its_folder(folder: Path) -> None:
     assert model_files.read_model_files(settings(folder, max_model_len=10), on_gpu=False).max_model_len == 10
 
 
+def test_malformed_files_of_a_model_name_the_setting(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        broken = shutil.copytree(folder, tmp_path / name)
+        (broken / name).write_text("[", encoding="utf-8")
+        with pytest.raises(InvalidArgumentError) as caught:
+            model_files.read_model_files(settings(broken), on_gpu=False)
+        assert caught.value.violations[0].field == "model"
+
+
 def test_context_longer_than_the_models_is_refused(folder: Path) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         model_files.read_model_files(settings(folder, max_model_len=65), on_gpu=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.unit.run_inputs import run_config, write_prompts
 from tether.errors import InvalidArgumentError
+from tether_services.orchestrator.prompt_sources import load_prompt_lists
 from tether_services.orchestrator.prompts import (
     Prompt,
     derive_seed,
@@ -32,7 +34,9 @@ def test_a_jsonl_file_has_one_object_a_line(tmp_path: Path) -> None:
     assert read_prompts(path, field="prompts") == ["a\nb", "c"]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"prompt": 3}', '{"prompt": ""}', "null"])
+@pytest.mark.parametrize(
+    "line", ["not json", "[1]", "{}", '{"prompt": 3}', '{"prompt": ""}', "null", '{"prompt": "\\ud800"}', "[" * 9999]
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
@@ -45,15 +49,32 @@ def test_files_that_cannot_be_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "p.csv").write_text("a\n")
+    os.mkfifo(tmp_path / "pipe.txt")  # opening it would wait for a writer for ever
+    (tmp_path / "folder.txt").mkdir()
     for name, why in {
         "empty.txt": "no prompt",
         "latin.txt": "UTF-8",
         "p.csv": ".jsonl",
         "absent.txt": "No such file",
+        "a\0b.txt": "null",
+        "a" * 5000 + ".txt": "too long",
+        "pipe.txt": "no regular file",
+        "folder.txt": "no regular file",
         ".": ".jsonl",
     }.items():
         with pytest.raises(InvalidArgumentError, match=why):
             read_prompts(tmp_path / name, field="evaluation_prompts")
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"fine\n\ncaf\xe9\n")
+    with pytest.raises(InvalidArgumentError, match="line 3 is not UTF-8"):
+        read_prompts(tmp_path / "p.txt", field="prompts")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfonce\nupon\n")
+    assert read_prompts(tmp_path / "p.txt", field="prompts") == ["once", "upon"]
 
 
 def test_the_tail_is_held_out(tmp_path: Path) -> None:
@@ -75,7 +96,7 @@ def test_without_evaluation_all_prompts_are_trained_on(tmp_path: Path) -> None:
 def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> None:
     config = run_config(tmp_path, "max_prompt_tokens = 3")
     (tmp_path / "prompts.txt").write_text("aaaa\nbb\ncc\ndddd\nee\nff\n")
-    prompts = encode_prompts(config, lambda text: [ord(c) for c in text])
+    prompts = encode_prompts(config, *load_prompt_lists(config), lambda text: [ord(c) for c in text])
     assert [p.text for p in prompts.training] == ["bb", "cc"]
     assert [p.text for p in prompts.held_out] == ["ee", "ff"]
     assert prompts.training[0].token_ids == (98, 98)
@@ -84,8 +105,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> N
 
 def test_too_few_short_prompts_name_the_limit(tmp_path: Path) -> None:
     write_prompts(tmp_path / "prompts.txt")
+    config = run_config(tmp_path, "max_prompt_tokens = 3")
     with pytest.raises(InvalidArgumentError) as caught:
-        encode_prompts(run_config(tmp_path, "max_prompt_tokens = 3"), lambda text: [1] * len(text))
+        encode_prompts(config, *load_prompt_lists(config), lambda text: [1] * len(text))
     assert caught.value.violations[0].field == "max_prompt_tokens"
 
 

@@ -33,7 +33,10 @@ def test_a_minimal_configuration_has_the_defaults_of_the_ppo_reference(tmp_path:
     check_run_config(config)
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "x" * (MAX_CONFIG_BYTES + 1), "model = ", "= 3", "a = 1\na = 2"])
+UNREADABLE_TOML = ["model = ", "= 3", "a = 1\na = 2", f"a = {'9' * 5000}", f"a = {'[' * 5000}{']' * 5000}"]
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "x" * (MAX_CONFIG_BYTES + 1), *UNREADABLE_TOML])
 def test_text_that_is_no_document_is_refused(text: str) -> None:
     assert set(fields_of(lambda: parse_run_config(text))) == {"config_toml"}
 
@@ -96,6 +99,14 @@ def test_a_reward_model_is_a_lora_adapter(tmp_path: Path) -> None:
     (tmp_path / "full" / "adapter_model.safetensors").write_bytes(b"1")
     (tmp_path / "full" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     check_run_config(config)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" + "b" * 5000, "a\0b", "~nobody/x"])
+def test_a_name_that_no_file_can_have_is_named(tmp_path: Path, name: str) -> None:
+    config = run_config(tmp_path).model_copy(
+        update={"model": name, "reward_model": name, "prompts": f"{name}.txt", "evaluation_prompts": f"{name}.txt"}
+    )
+    assert {"model", "reward_model", "prompts"} <= set(fields_of(lambda: check_run_config(config)))
 
 
 def test_a_hub_name_is_no_missing_folder(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_numbers_and_texts_outside_their_range_are_refused() -> None:
 def test_pages_have_a_default_size_and_refuse_foreign_tokens() -> None:
     assert checks.check_page(0, "") == (50, 0)
     assert checks.check_page(7, "14") == (7, 14)
-    for size, token in ((-1, ""), (201, ""), (5, "abc"), (5, "-3")):
+    for size, token in ((-1, ""), (201, ""), (5, "abc"), (5, "-3"), (5, "\u00b2"), (5, "\u0663"), (5, "9" * 5000)):
         with pytest.raises(InvalidArgumentError):
             checks.check_page(size, token)
 

@@ -108,9 +108,11 @@ def test_the_thread_budget_is_applied(base: Path) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_target_module_that_the_base_lacks_is_named(base: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="no layers named c_attn"):
-        new_trainer(base, lora_target_modules=["q_proj", "c_attn"])
+@pytest.mark.parametrize("name", ["c_attn", "lm_head", "embed_tokens", "self_attn", "norm"])
+def test_a_target_module_that_is_no_linear_layer_of_the_blocks_is_named(base: Path, name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"no linear layers named {name}") as caught:
+        new_trainer(base, lora_target_modules=["q_proj", name])
+    assert caught.value.violations[0].field == "trainer.lora_target_modules"
 
 
 def test_a_folder_that_is_not_there_is_not_found(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tether import (
@@ -130,11 +131,11 @@ def runs_table(runs: tuple[Run, ...]) -> Table:
     """Return a table with a row per run."""
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "state", "steps", "policy version", "started (UTC)", "directory"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "run", overflow="fold")
     for entry in runs:
         steps = f"{entry.committed_step_count}/{entry.total_step_count}"
         started = entry.create_time.strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(entry.run_id, entry.state, steps, str(entry.policy_version), started, entry.directory)
+        table.add_row(entry.run_id, entry.state, steps, str(entry.policy_version), started, escape(entry.directory))
     return table
 
 
@@ -144,7 +145,7 @@ def run_table(entry: Run) -> Table:
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)
         if value not in ("", None):
-            table.add_row(field.name, value.isoformat() if isinstance(value, datetime) else str(value))
+            table.add_row(field.name, value.isoformat() if isinstance(value, datetime) else escape(str(value)))
     return table
 
 

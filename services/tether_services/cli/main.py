@@ -103,7 +103,9 @@ def _add_demo(commands: Commands) -> None:
     parser = commands.add_parser("demo", help=text, description=f"{text.capitalize()}.")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     _add_local(parser)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; the packaged ones otherwise")
+    parser.add_argument(
+        "--prompts", metavar="SOURCE", help="file with one a line, folder or hub name; the packaged ones otherwise"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="PPO steps")
     parser.add_argument("--run-id", metavar="ID", help="name of the run; one with the time otherwise")
     parser.add_argument("--seed", type=int, metavar="N", help="of prompts, sampling and training")

@@ -20,6 +20,7 @@ from tether_services.cli.local_commands import local_options, run_until_interrup
 from tether_services.cli.watching import follow_run
 from tether_services.demo.summary import print_summary
 from tether_services.local.deployment import LocalDeployment, LocalOptions
+from tether_services.orchestrator.prompt_sources import is_dataset
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 from tether_services.runtime.settings import merge_overrides
 
@@ -52,8 +53,9 @@ def demo_config(known: argparse.Namespace, options: LocalOptions) -> dict[str, A
     values |= {"model": options.model, "prompts": str(prompts)}
     if (Path(options.reward_model) / "adapter_model.safetensors").is_file():
         values["reward_model"] = options.reward_model  # the critic can start from a LoRA reward model only
-    if known.prompts:
-        values["evaluation_count"] = min(values["evaluation_count"], count_prompts(known.prompts) // 2)
+    if known.prompts and not is_dataset(known.prompts):
+        # At least 2, so that a file that is missing or too short is refused for that and not for this number.
+        values["evaluation_count"] = max(2, min(values["evaluation_count"], count_prompts(known.prompts) // 2))
     if known.steps is not None:
         values["total_steps"] = known.steps
     values["trainer"]["threads"] = options.threads
@@ -63,10 +65,10 @@ def demo_config(known: argparse.Namespace, options: LocalOptions) -> dict[str, A
     return values
 
 
-def count_prompts(path: Path) -> int:
+def count_prompts(path: str) -> int:
     """Return the number of lines that are not empty; 0 if the file cannot be read, which the orchestrator reports."""
     try:
-        return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return sum(1 for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError):
         return 0
 

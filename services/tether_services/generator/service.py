@@ -23,7 +23,7 @@ from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Uploads
 from tether_services.runtime.checks import check_name, check_range, check_temperature, check_text, check_token_ids
 from tether_services.runtime.server import Port
-from tether_services.runtime.text import Message, check_messages
+from tether_services.runtime.text import Message, check_message_count, check_messages
 
 GENERATOR_NAME = generator_pb2.DESCRIPTOR.services_by_name["GeneratorService"].full_name
 MAX_STOPS = 8
@@ -105,11 +105,11 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
     ) -> generator_pb2.GenerateResponse:
         """Sample n completions with one policy version."""
         description = self.engine.description
-        check_request(request, description, max_n=self._settings.max_n)
+        form = check_request(request, description, max_n=self._settings.max_n)
         sampling = read_sampling(request.sampling, description)
         with self._admission.admit(request.n):
             prompt = await self._read_prompt(request, description)
-            check_length(len(prompt), sampling.max_tokens, description.max_model_len)
+            check_length(len(prompt), sampling.max_tokens, description.max_model_len, field=form)
             version = request.policy_version if request.HasField("policy_version") else None
             with self.adapters.lease(run_id=request.run_id, policy_version=version) as policy:
                 remaining = context.time_remaining() or 0.0
@@ -161,8 +161,12 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         return [self.engine.codec.decode(completion.token_ids) for completion in completions]
 
 
-def check_request(request: generator_pb2.GenerateRequest, description: EngineDescription, *, max_n: int) -> None:
-    """Refuse a request whose fields are out of range, before any work."""
+def check_request(request: generator_pb2.GenerateRequest, description: EngineDescription, *, max_n: int) -> str:
+    """Return the name of the field that holds the prompt.
+
+    Raises:
+        InvalidArgumentError: A field is out of range; sizes are checked before what they bound is read.
+    """
     given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(request, name)]
     if len(given) != 1:
         what = "none of them is" if not given else " and ".join(given) + " are"
@@ -170,13 +174,16 @@ def check_request(request: generator_pb2.GenerateRequest, description: EngineDes
             f"Exactly one of prompt, messages and prompt_token_ids must be set; {what}.",
             field=given[1] if given else "prompt",
         )
+    check_message_count(len(request.messages), field="messages")
     if request.prompt_token_ids:
+        check_length(len(request.prompt_token_ids), 1, description.max_model_len, field="prompt_token_ids")
         check_token_ids(request.prompt_token_ids, field="prompt_token_ids", vocab_size=description.vocab_size)
     check_range(request.n, field="n", low=1, high=max_n)
     if request.run_id:
         check_name(request.run_id, field="run_id")
     if request.policy_version < 0:
         raise InvalidArgumentError(f"{request.policy_version} is negative.", field="policy_version")
+    return given[0]
 
 
 def read_sampling(message: generator_pb2.SamplingParams, description: EngineDescription) -> Sampling:
@@ -227,10 +234,10 @@ def check_stops(message: generator_pb2.SamplingParams, description: EngineDescri
         )
 
 
-def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Refuse a request that does not fit the context."""
+def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, *, field: str) -> None:
+    """Refuse a request that does not fit the context; `field` holds the prompt."""
     if prompt_tokens + max_tokens > max_model_len:
-        field = "prompt" if prompt_tokens >= max_model_len else "sampling.max_tokens"
+        field = field if prompt_tokens >= max_model_len else "sampling.max_tokens"
         raise InvalidArgumentError(
             f"{prompt_tokens} prompt tokens and {max_tokens} new ones exceed the context of {max_model_len}.",
             field=field,

@@ -140,13 +140,23 @@ class Upload:
             self.touched = time.monotonic()
 
     async def sync(self) -> int:
-        """Have all received bytes reach the disk and return their number."""
+        """Have all received bytes reach the disk and return their number.
+
+        Raises:
+            NotFoundError: The upload was dropped in the meantime.
+        """
         async with self.lock:
             received = self.received_bytes
             if not self.committing:
-                for file in self.declaration.files:
-                    await asyncio.to_thread(sync_file, self.folder / file.name)
+                await self._sync_files()
             return received
+
+    async def _sync_files(self) -> None:
+        try:
+            for file in self.declaration.files:
+                await asyncio.to_thread(sync_file, self.folder / file.name)
+        except FileNotFoundError as error:
+            raise NotFoundError("The upload was abandoned.", field="upload_id") from error
 
 
 def split_at_files(files: Sequence[DeclaredFile], offset: int, data: bytes) -> list[tuple[str, int, bytes]]:

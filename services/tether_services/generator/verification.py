@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def normalise_adapter_config(raw: bytes, declared: AdapterShape) -> dict[str, An
         raise _bad_config("peft_type must be LORA")
     if type(rank) is not int or rank != declared.rank:
         raise _bad_config(f"r must be the declared rank {declared.rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
         raise _bad_config("lora_alpha must be a finite number above 0")
     if not _is_set_of_names(targets, declared.target_modules):
         raise _bad_config("target_modules must be the declared list of names")
@@ -162,16 +163,26 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise _not_safetensors("the header length is wrong")
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _not_safetensors("the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _not_safetensors("the header is not a JSON object")
-    header.pop("__metadata__", None)
+    header = _parse_header(raw)
     entries = {name: _parse_entry(name, entry, 8 + length) for name, entry in header.items()}
     _check_layout(entries, 8 + length, size)
     return entries
+
+
+def _parse_header(raw: bytes) -> dict[str, Any]:
+    """Return the header without its metadata, as strict as the library that will load the file."""
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _not_safetensors("the header is not JSON") from error
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
+        raise _not_safetensors("the header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise _not_safetensors("its metadata are not texts")
+    return header
 
 
 def _parse_entry(name: str, entry: object, start: int) -> TensorEntry:

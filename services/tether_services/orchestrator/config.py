@@ -82,9 +82,9 @@ class RunConfig(Settings):
     score_model: str = Field(default="", max_length=64)
     """Name of the reward model that the reward service scores with; empty: its default one."""
     prompts: str = Field(min_length=1)
-    """File of prompts: .txt with one a line, or .jsonl with {"prompt": ...} on each line."""
+    """File of prompts (.txt with one a line, .jsonl with {"prompt": ...}), or a data set: a folder or a hub name."""
     evaluation_prompts: str = ""
-    """File of held-out prompts, same forms; empty: the last `evaluation_count` of `prompts`, then not trained on."""
+    """Held-out prompts, same forms; empty: the last `evaluation_count` of `prompts`, then not trained on."""
     evaluation: bool = True
     """Generate and score on the held-out prompts before the first and after the last step."""
     evaluation_count: int = Field(default=32, ge=2, le=10_000)

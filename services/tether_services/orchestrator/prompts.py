@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,19 @@ def read_prompts(path: Path, *, field: str) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise InvalidArgumentError(f"{path} must end in .txt or .jsonl.", field=field)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep its reader waiting
+            raise InvalidArgumentError(f"{path} is no regular file.", field=field)
+        if status.st_size > MAX_FILE_BYTES:
             raise InvalidArgumentError(f"{path} is larger than {MAX_FILE_BYTES} bytes.", field=field)
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InvalidArgumentError(f"Cannot read {path}: {error.strerror}.", field=field) from error
     except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"{path} is not UTF-8: {error.reason}.", field=field) from error
+        number = error.object[: error.start].count(b"\n") + 1
+        raise InvalidArgumentError(f"{path} line {number} is not UTF-8: {error.reason}.", field=field) from error
+    except ValueError as error:  # a null character, which no path can have
+        raise InvalidArgumentError(f"Cannot read {str(path)!r}: {error}.", field=field) from error
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if path.suffix == ".jsonl":
         prompts = [_parse_line(line, field=field, where=f"{path} line {number}") for number, line in numbered]
@@ -67,11 +74,15 @@ def read_prompts(path: Path, *, field: str) -> list[str]:
 def _parse_line(line: str, *, field: str, where: str) -> str:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{where} is not JSON: {error}.", field=field) from error
     prompt = content.get("prompt") if isinstance(content, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise InvalidArgumentError(f'{where} has no text under "prompt".', field=field)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+        raise InvalidArgumentError(f"{where} is not Unicode text: {error.reason}.", field=field) from error
     return prompt
 
 
@@ -103,19 +114,20 @@ def _require(count: int, least: int, *, field: str) -> None:
         raise InvalidArgumentError(message, violations=(FieldViolation(field, message),))
 
 
-def encode_prompts(config: RunConfig, encode: Callable[[str], Sequence[int]]) -> PromptSet:
+def encode_prompts(
+    config: RunConfig, prompts: Sequence[str], held_out: Sequence[str] | None, encode: Callable[[str], Sequence[int]]
+) -> PromptSet:
     """Return the prompts of a run in token ids, without those that are too long.
 
     Args:
-        config: Names the files.
+        config: Says how many are held out and how long they may be.
+        prompts: What `prompts` of the configuration names.
+        held_out: What `evaluation_prompts` names; None if it is empty.
         encode: The policy's tokenizer, with its beginning-of-text token.
 
     Raises:
-        InvalidArgumentError: A file is bad, or too few prompts are short enough.
+        InvalidArgumentError: There are too few prompts, or too few are short enough.
     """
-    prompts = read_prompts(Path(config.prompts), field="prompts")
-    own = config.evaluation_prompts
-    held_out = read_prompts(Path(own), field="evaluation_prompts") if own else None
     training, evaluation = split_prompts(config, prompts, held_out)
     kept = [_encode_short(texts, encode, config.max_prompt_tokens) for texts in (training, evaluation)]
     _require(len(kept[0]), 1, field="max_prompt_tokens")

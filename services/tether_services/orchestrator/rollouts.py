@@ -187,9 +187,8 @@ class RolloutCollector:
                 tasks = [
                     group.create_task(collect_group(prompt, seed)) for prompt, seed in zip(prompts, seeds, strict=True)
                 ]
-        except (
-            BaseExceptionGroup
-        ) as errors:  # the first one tells why; the others failed the same way or were cancelled
+        except BaseExceptionGroup as errors:
+            # The first one tells why; the others failed the same way or were cancelled.
             raise errors.exceptions[0] from errors
         rollout.samples = [sample for task in tasks for sample in task.result()]
         rollout.check()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 
 from tether.errors import FieldViolation, InvalidArgumentError, TetherError
 from tether_services.orchestrator.config import RunConfig
-from tether_services.orchestrator.prompts import read_prompts, split_prompts
+from tether_services.orchestrator.prompt_sources import is_dataset, load_prompt_lists
+from tether_services.orchestrator.prompts import split_prompts
 from tether_services.runtime.model_folder import HUB_NAME
 from tether_services.runtime.settings import validate
 
 __all__ = ["MAX_CONFIG_BYTES", "check_run_config", "is_hub_name", "parse_run_config"]
 
 MAX_CONFIG_BYTES = 256 * 1024
+MAX_HUB_NAME_CHARS = 96
+"""The hub gives no longer names."""
 
 
 def parse_run_config(text: str) -> RunConfig:
@@ -28,7 +32,7 @@ def parse_run_config(text: str) -> RunConfig:
         raise InvalidArgumentError(message, field="config_toml")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the last for thousands of nested brackets
         raise InvalidArgumentError(f"The configuration is not valid TOML: {error}", field="config_toml") from None
     return validate(RunConfig, values)
 
@@ -52,14 +56,14 @@ def check_run_config(config: RunConfig) -> None:
 
 def is_hub_name(model: str) -> bool:
     """Return whether a model is to be looked up on a hub: owner/name, and no folder of that name here."""
-    return bool(HUB_NAME.fullmatch(model)) and not Path(model).exists()
+    return len(model) <= MAX_HUB_NAME_CHARS and bool(HUB_NAME.fullmatch(model)) and not Path(model).exists()
 
 
 def _check_model(model: str) -> list[FieldViolation]:
     if is_hub_name(model):
         return []
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also False for a name that no file can have
         return [FieldViolation("model", f"no folder {model!r}; a hub name has the form owner/name")]
     if not any(folder.glob("*.safetensors")):
         return [FieldViolation("model", f"{model!r} has no *.safetensors file")]
@@ -70,7 +74,7 @@ def _check_reward_model(reward_model: str) -> list[FieldViolation]:
     if not reward_model:
         return []
     folder = Path(reward_model)
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not os.path.isfile(folder / "adapter_model.safetensors"):
         description = f"{reward_model!r} has no adapter_model.safetensors; the critic starts from a LoRA reward model"
         return [FieldViolation("reward_model", description)]
     return _check_json(folder / "adapter_config.json", field="reward_model", key="peft_type")
@@ -90,11 +94,9 @@ def _check_json(path: Path, *, field: str, key: str) -> list[FieldViolation]:
 
 def _check_prompts(config: RunConfig) -> list[FieldViolation]:
     try:
-        prompts = read_prompts(Path(config.prompts), field="prompts")
-        held_out = None
-        if config.evaluation_prompts:
-            held_out = read_prompts(Path(config.evaluation_prompts), field="evaluation_prompts")
-        split_prompts(config, prompts, held_out)
+        if is_dataset(config.prompts) or is_dataset(config.evaluation_prompts):
+            return []  # read by the worker only: the library for it is heavy, and a hub may be slow
+        split_prompts(config, *load_prompt_lists(config))
     except TetherError as error:
         return list(error.violations)
     return []

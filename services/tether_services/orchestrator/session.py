@@ -14,8 +14,10 @@ from tether.adapter import AdapterProbe, AdapterPush
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether.generator import GeneratorState
 from tether.reference import ReferenceState
+from tether.reward import RewardModel, ScoreItem
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig, TrainerConfig
 from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.prompt_sources import load_prompt_lists
 from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts
 from tether_services.orchestrator.publishing import LocalAdapter, PolicyPublisher
 from tether_services.orchestrator.records import Attempt
@@ -27,7 +29,7 @@ from tether_services.orchestrator.trainer_thread import TrainerThread
 from tether_services.runtime.content_hash import hash_model_folder
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.model_folder import find_model_folder
-from tether_services.runtime.text import HfCodec
+from tether_services.runtime.text import HfCodec, TextCodec
 
 __all__ = ["Session", "check_services", "choose_probes", "open_session"]
 
@@ -92,7 +94,9 @@ async def open_session(
             identities = Identities(await asyncio.to_thread(hash_model_folder, model))
             files.write_services(await describe_services(services, config, identities.base_sha256))
             codec = await asyncio.to_thread(HfCodec, model)
-            prompts = encode_prompts(config, lambda text: codec.encode(text, add_special_tokens=True))
+            lists = await asyncio.to_thread(load_prompt_lists, config)
+            prompts = encode_prompts(config, *lists, lambda text: codec.encode(text, add_special_tokens=True))
+            await check_reward_tokenizer(services, config, prompts.training[:_PROBES], codec)
             trainer = await thread.run(build_trainer, model, config, threads=settings.threads)
             publisher = PolicyPublisher(services.adapter, attempt)
             session = Session(
@@ -151,15 +155,56 @@ async def describe_services(services: Services, config: RunConfig, base_sha256: 
     """
     generator = await services.generator.call(lambda client: client.get_generator())
     reference = await services.reference.call(lambda client: client.get_reference())
+    reward = await find_reward_model(services, config)
+    check_services(config, base_sha256, services, generator, reference)
+    _check_limit("responses_per_prompt", config.responses_per_prompt, services.reward, reward.max_items)
+    return {"generator": asdict(generator), "reference": asdict(reference), "reward": asdict(reward)}
+
+
+async def find_reward_model(services: Services, config: RunConfig) -> RewardModel:
+    """Return what the reward service says of the model that the run scores with.
+
+    Raises:
+        InvalidArgumentError: It has no such model.
+    """
     models = await services.reward.call(lambda client: client.list_reward_models())
     wanted = [m for m in models if m.name == config.score_model or (m.default_model and not config.score_model)]
     if not wanted:
         known = ", ".join(model.name for model in models)
         message = f"reward at {services.reward.client.target} has no model {config.score_model!r}; it has {known}"
         raise InvalidArgumentError(message, field="score_model")
-    check_services(config, base_sha256, services, generator, reference)
-    _check_limit("responses_per_prompt", config.responses_per_prompt, services.reward, wanted[0].max_items)
-    return {"generator": asdict(generator), "reference": asdict(reference), "reward": asdict(wanted[0])}
+    return wanted[0]
+
+
+async def check_reward_tokenizer(
+    services: Services, config: RunConfig, prompts: Sequence[Prompt], codec: TextCodec
+) -> None:
+    """Refuse a reward model that reads the policy's token ids as another text: its scores would be of nonsense.
+
+    A few prompts are scored as text and as the policy's ids; the policy's own tokenizer gives as many tokens for both.
+    Engines that read no tokens of a model (rules, fake) are not asked.
+
+    Raises:
+        FailedPreconditionError: TOKENIZER_MISMATCH.
+    """
+    model = await find_reward_model(services, config)
+    if "transformers" not in model.engine:
+        return
+
+    async def count_tokens(items: Sequence[ScoreItem]) -> list[int]:
+        result = await services.reward.call(lambda client: client.score(items, model=config.score_model))
+        return [item.token_count for item in result.scores]
+
+    asked = prompts[: model.max_items]
+    texts = [ScoreItem(prompt.text, prompt.text) for prompt in asked]
+    responses = [codec.encode(prompt.text, add_special_tokens=False) for prompt in asked]
+    ids = [ScoreItem(prompt_token_ids=p.token_ids, response_token_ids=r) for p, r in zip(asked, responses, strict=True)]
+    if await count_tokens(texts) != await count_tokens(ids):
+        message = (
+            f"reward at {services.reward.client.target} reads the policy's token ids with another tokenizer;"
+            " serve a reward model that was trained on this policy's base"
+        )
+        raise FailedPreconditionError(message, field="score_model", reason="TOKENIZER_MISMATCH")
 
 
 def check_services(

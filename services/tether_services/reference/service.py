@@ -131,6 +131,7 @@ def read_tasks(
     check_temperature(temperature, field="temperature", allow_greedy=False)
     tasks = []
     for index, item in enumerate(request.items):
+        check_length(item, index=index, max_model_len=model.max_model_len)
         check_token_ids(item.prompt_token_ids, field=f"items[{index}].prompt_token_ids", vocab_size=model.vocab_size)
         check_token_ids(
             item.response_token_ids, field=f"items[{index}].response_token_ids", vocab_size=model.vocab_size
@@ -138,17 +139,17 @@ def read_tasks(
         task = LogprobTask(
             tuple(item.prompt_token_ids), tuple(item.response_token_ids), temperature, request.include_entropies
         )
-        check_length(task, index=index, max_model_len=model.max_model_len)
         tasks.append(task)
     return tasks
 
 
-def check_length(task: LogprobTask, *, index: int, max_model_len: int) -> None:
-    """Refuse an item that the model cannot read at once; nothing is ever cut here."""
-    if task.num_tokens > max_model_len:
+def check_length(item: reference_pb2.LogprobItem, *, index: int, max_model_len: int) -> None:
+    """Refuse an item that the model cannot read at once, before its ids are read; nothing is ever cut here."""
+    prompt, response = len(item.prompt_token_ids), len(item.response_token_ids)
+    if prompt + response > max_model_len:
         raise InvalidArgumentError(
-            f"{len(task.prompt_token_ids)} prompt and {len(task.response_token_ids)} response tokens are "
-            f"{task.num_tokens} together; the model reads at most {max_model_len}.",
+            f"{prompt} prompt and {response} response tokens are {prompt + response} together; "
+            f"the model reads at most {max_model_len}.",
             field=f"items[{index}]",
             reason="TOO_LONG",
         )

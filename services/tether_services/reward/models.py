@@ -204,7 +204,7 @@ async def load_model(settings: RewardSettings, model: ModelSettings, *, field: s
     """
     codec = None
     if model.tokenizer:
-        codec = HfCodec(find_model_folder(model.tokenizer, field=f"{field}.tokenizer"))
+        codec = HfCodec(find_model_folder(model.tokenizer, field=f"{field}.tokenizer"), field=f"{field}.tokenizer")
     engines = [
         await asyncio.to_thread(build_engine, component, settings, codec, field=f"{field}.components[{index}]")
         for index, component in enumerate(model.components)

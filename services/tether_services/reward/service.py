@@ -22,7 +22,7 @@ from tether_services.runtime.batching import Batcher
 from tether_services.runtime.checks import check_page
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.server import Port
-from tether_services.runtime.text import Message
+from tether_services.runtime.text import Message, check_message_count
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         limit = self._settings.max_items
         if not 1 <= len(request.items) <= limit:
             raise InvalidArgumentError(f"{len(request.items)} items; 1 to {limit} are accepted.", field="items")
-        inputs = [read_item(item) for item in request.items]
-        outcomes = await self._judge(model, inputs, timeout_seconds=context.time_remaining())
+        outcomes = await self._judge(model, request.items, timeout_seconds=context.time_remaining())
         return reward_pb2.ScoreResponse(
             scores=[write_score(outcome, field=f"items[{index}]") for index, outcome in enumerate(outcomes)],
             model=model.name,
@@ -101,8 +100,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             raise InvalidArgumentError(
                 f"{count} responses; {MIN_RESPONSES} to {MAX_RESPONSES} are accepted.", field="responses"
             )
-        inputs = [ScoreInput(prompt=request.prompt, response=response) for response in request.responses]
-        outcomes = await self._judge(model, inputs, timeout_seconds=context.time_remaining())
+        items = [reward_pb2.ScoreItem(prompt=request.prompt, response=response) for response in request.responses]
+        outcomes = await self._judge(model, items, timeout_seconds=context.time_remaining())
         judgements = [expect_judgement(outcome, index=index) for index, outcome in enumerate(outcomes)]
         scores = [judgement.score for judgement in judgements]
         return reward_pb2.CompareResponse(
@@ -151,11 +150,11 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         return model
 
     async def _judge(
-        self, model: RewardModel, inputs: Sequence[ScoreInput], *, timeout_seconds: float
+        self, model: RewardModel, items: Sequence[reward_pb2.ScoreItem], *, timeout_seconds: float
     ) -> list[Outcome]:
-        """Return a judgement or a refusal per input, in order."""
+        """Return a judgement or a refusal per item, in order."""
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._text_thread, prepare_all, model, inputs)
+        prepared = await loop.run_in_executor(self._text_thread, prepare_all, model, items)
         ready = [item for item in prepared if isinstance(item, PreparedItem)]
         queued = [((model.name, item), max(1, item.task.num_tokens)) for item in ready]
         judged = iter(await self._batcher.submit_all(queued, key=model.name, timeout_seconds=timeout_seconds))
@@ -191,19 +190,24 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         )
 
 
-def prepare_all(model: RewardModel, inputs: Sequence[ScoreInput]) -> list[PreparedItem | Refusal]:
-    """Return every input prepared, or why it cannot be. Tokenises: call it in a thread."""
+def prepare_all(model: RewardModel, items: Sequence[reward_pb2.ScoreItem]) -> list[PreparedItem | Refusal]:
+    """Return every item prepared, or why it cannot be. Reads and tokenises all of it: call it in a thread."""
     prepared: list[PreparedItem | Refusal] = []
-    for item in inputs:
+    for item in items:
         try:
-            prepared.append(model.reader.prepare(item))
+            prepared.append(model.reader.prepare(read_item(item)))
         except TetherError as error:
             prepared.append(Refusal(error))
     return prepared
 
 
 def read_item(item: reward_pb2.ScoreItem) -> ScoreInput:
-    """Return the item as plain values, not checked."""
+    """Return the item as plain values, not checked.
+
+    Raises:
+        InvalidArgumentError: A conversation of too many turns.
+    """
+    check_message_count(len(item.messages), field="messages")
     return ScoreInput(
         prompt=item.prompt,
         response=item.response,

@@ -7,8 +7,11 @@ it is told `insecure = true`.
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from tether.errors import InvalidArgumentError
+
+PORT_PATTERN = re.compile(r"[0-9]{1,5}")
 
 
 def check_bind_address(address: str, *, insecure: bool, field: str) -> None:
@@ -43,7 +46,7 @@ def split_address(address: str, *, field: str) -> tuple[str, int]:
         InvalidArgumentError: The address has no port or the port is not a number.
     """
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit():
+    if not separator or not host or not PORT_PATTERN.fullmatch(port):
         raise InvalidArgumentError(f"{address!r} is not host:port.", field=field)
     return host.strip("[]"), int(port)
 

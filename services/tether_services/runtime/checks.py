@@ -10,6 +10,7 @@ from tether.errors import InvalidArgumentError
 
 NAME_PATTERN = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 SHA256_PATTERN = re.compile(r"^[0-9a-f]{64}$")
+PAGE_TOKEN_PATTERN = re.compile(r"[0-9]{1,18}")
 
 
 def check_range(value: float, *, field: str, low: float, high: float) -> None:
@@ -60,6 +61,6 @@ def check_page(page_size: int, page_token: str) -> tuple[int, int]:
     """Return (size, start) of a page of a list."""
     if not 0 <= page_size <= 200:
         raise InvalidArgumentError(f"{page_size} is outside [0, 200].", field="page_size")
-    if page_token and not page_token.isdigit():
+    if page_token and not PAGE_TOKEN_PATTERN.fullmatch(page_token):
         raise InvalidArgumentError("This token did not come from a next_page_token.", field="page_token")
     return page_size or 50, int(page_token or 0)

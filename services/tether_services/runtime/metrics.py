@@ -16,7 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from tether.errors import BY_CODE, TetherError
+from tether.errors import BY_CODE, InvalidArgumentError, TetherError
 from tether_services.runtime.auth import split_address
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -35,9 +35,16 @@ def new_registry() -> CollectorRegistry:
 
 
 def start_metrics_server(address: str, registry: CollectorRegistry) -> int:
-    """Serve /metrics on host:port from a thread and return the port in use."""
+    """Serve /metrics on host:port from a thread and return the port in use.
+
+    Raises:
+        InvalidArgumentError: The address is taken or not one of this machine.
+    """
     host, port = split_address(address, field="metrics_address")
-    server, _ = start_http_server(port, addr=host, registry=registry)
+    try:
+        server, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise InvalidArgumentError(f"Cannot listen on {address}: {error.strerror}.", field="metrics_address") from error
     return int(server.server_port)
 
 

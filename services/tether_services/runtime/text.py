@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +69,46 @@ class ByteCodec:
 class HfCodec:
     """The tokenizer of a transformers model folder or hub name."""
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, *, field: str = "model") -> None:
+        """Load the tokenizer.
+
+        Args:
+            model: Folder or hub name.
+            field: Name of the setting that holds it, for errors.
+
+        Raises:
+            InvalidArgumentError: There is none, or it cannot be read.
+        """
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+            raise InvalidArgumentError(f"The tokenizer of {model} cannot be loaded: {error}", field=field) from error
         self.vocab_size = len(self._tokenizer)
+        # How special strings are read is state of the tokenizer that encode and encode_chat set differently.
+        self._lock = threading.Lock()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids, with the beginning-of-text token if the tokenizer adds one."""
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
+        with self._lock:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
         return [int(token) for token in ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        with self._lock:
+            return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Return the rendered conversation's ids."""
+        """Return the rendered conversation's ids.
+
+        Raises:
+            FailedPreconditionError: The model has no chat template.
+            InvalidArgumentError: The template refuses the conversation, for example the order of its roles.
+        """
+        from jinja2 import TemplateError
+
         if not self._tokenizer.chat_template:
             raise FailedPreconditionError(
                 "The model has no chat template; send text or token ids instead.",
@@ -92,13 +116,33 @@ class HfCodec:
                 reason="NO_CHAT_TEMPLATE",
             )
         plain = [{"role": message.role, "content": message.content} for message in messages]
-        ids = self._tokenizer.apply_chat_template(
-            plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+        try:
+            with self._lock:
+                ids = self._tokenizer.apply_chat_template(
+                    plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+                )
+        except TemplateError as error:
+            raise InvalidArgumentError(
+                f"The model's chat template refuses this conversation: {str(error)[:200]}",
+                field="messages",
+                reason="CHAT_TEMPLATE_REFUSED",
+            ) from error
         return [int(token) for token in ids]
 
 
 ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 1024
+"""Turns of a conversation at most."""
+
+
+def check_message_count(count: int, *, field: str) -> None:
+    """Refuse a conversation of too many turns; cheap, so that it comes before the turns are read.
+
+    Raises:
+        InvalidArgumentError: Names the field.
+    """
+    if count > MAX_MESSAGES:
+        raise InvalidArgumentError(f"{count} messages; at most {MAX_MESSAGES} are accepted.", field=field)
 
 
 def check_messages(messages: Sequence[Message], *, field: str, max_chars: int) -> None:

@@ -126,7 +126,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RollbackAdapter(self, request, context):
-        """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none.
+        """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none, ABORTED if the
+        expected state is not the actual one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

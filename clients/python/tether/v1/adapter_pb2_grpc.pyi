@@ -259,7 +259,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceBeginPushType, _AdapterSe
     """
 
     RollbackAdapter: _AdapterServiceRollbackAdapterType
-    """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none."""
+    """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none, ABORTED if the
+    expected state is not the actual one.
+    """
 
     ListAdapters: _AdapterServiceListAdaptersType
     """Lists the stored adapters of all runs, oldest first. Idempotent."""
@@ -364,7 +366,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: tether.v1.adapter_pb2.RollbackAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[tether.v1.adapter_pb2.RollbackAdapterResponse, collections.abc.Awaitable[tether.v1.adapter_pb2.RollbackAdapterResponse]]:
-        """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none."""
+        """Makes the newest loaded version below the active one active again. FAILED_PRECONDITION if there is none, ABORTED if the
+        expected state is not the actual one.
+        """
 
     @abc.abstractmethod
     def ListAdapters(

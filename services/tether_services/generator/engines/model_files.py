@@ -45,7 +45,11 @@ def read_model_files(settings: GeneratorSettings, *, on_gpu: bool) -> ModelFiles
     from transformers import AutoConfig
 
     folder = find_model_folder(settings.model, field="model")
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    sha256 = hash_model_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgumentError(f"{folder} cannot be loaded: {error}", field="model") from error
     text_config = config.get_text_config()
     limit = int(getattr(text_config, "max_position_embeddings", 0) or 0)
     if settings.max_model_len and limit and settings.max_model_len > limit:
@@ -57,7 +61,7 @@ def read_model_files(settings: GeneratorSettings, *, on_gpu: bool) -> ModelFiles
     auto_dtype = "bfloat16" if on_gpu else "float32"
     return ModelFiles(
         folder=folder,
-        sha256=hash_model_folder(folder),
+        sha256=sha256,
         config=config,
         stop_token_ids=read_stop_token_ids(folder, text_config.eos_token_id),
         max_model_len=settings.max_model_len or limit,
@@ -69,9 +73,15 @@ def read_stop_token_ids(folder: Path, fallback: int | list[int] | None) -> tuple
     """Return the ids that end a text: those of generation_config.json, else the fallback.
 
     A tokenizer's own eos_token is no guide: models exist that never emit it.
+
+    Raises:
+        InvalidArgumentError: The file is malformed.
     """
     path = folder / "generation_config.json"
-    listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise InvalidArgumentError(f"{path} is not a JSON object.", field="model") from error
     listed = fallback if listed is None else listed
     if listed is None:
         return ()

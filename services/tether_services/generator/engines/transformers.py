@@ -151,13 +151,31 @@ class TransformersEngine:
         from peft import PeftModel
 
         folder, name = str(adapter.folder), _peft_name(adapter)
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
-        else:
-            self._peft.load_adapter(folder, adapter_name=name)
-        self._model.requires_grad_(False).eval()
         self._current = None
-        self._switch_to(None)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
+            else:
+                self._peft.load_adapter(folder, adapter_name=name)
+        except BaseException:
+            self._remove_layers(name)
+            raise
+        finally:
+            self._model.requires_grad_(False).eval()
+            self._switch_to(None)
+
+    def _remove_layers(self, name: str) -> None:
+        """Take out of the model what PEFT leaves in it when a load fails half-way."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self._model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter([])
+                module.delete_adapter(name)
+        if self._peft is not None:
+            self._peft.peft_config.pop(name, None)
+        elif hasattr(self._model, "peft_config"):
+            del self._model.peft_config
 
     def _unload_adapter(self, adapter: LoadedAdapter) -> None:
         self._peft.base_model.set_adapter([])  # PEFT would otherwise activate another one by itself

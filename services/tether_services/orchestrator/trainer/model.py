@@ -155,11 +155,13 @@ def copy_tensors(target: dict[str, nn.Parameter], source: dict[str, Tensor], *, 
 
 def _attach(base: Any, shapes: dict[str, LoraShape]) -> Any:
     """Return the PEFT model around `base` with one adapter per shape."""
-    present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    # As the generator: the output layer is shared with every log-probability and has no adapter.
+    modules = base.get_decoder().named_modules()
+    present = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
     for name, shape in shapes.items():
         missing = sorted(set(shape.target_modules) - present)
         if missing:
-            message = f"the base has no layers named {', '.join(missing)} for the {name} adapter"
+            message = f"the base's blocks have no linear layers named {', '.join(missing)} for the {name} adapter"
             raise InvalidArgumentError(message, field="trainer.lora_target_modules")
     model = get_peft_model(base, _lora_config(shapes["policy"]), adapter_name="policy")
     model.add_adapter("critic", _lora_config(shapes["critic"]))

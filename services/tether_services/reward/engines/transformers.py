@@ -136,7 +136,7 @@ class TransformersRewardEngine:
             bias=found.scale.bias,
             max_model_len=min(found.scale.max_length or longest, longest),
             vocab_size=int(limits.vocab_size),
-            codec=HfCodec(found.base),
+            codec=HfCodec(found.base, field=self._field),
         )
 
     @torch.inference_mode()
@@ -226,7 +226,7 @@ def load_classifier(found: RewardFolder, *, dtype: str, field: str) -> Any:
 
 def _check_one_output(folder: Path, *, field: str) -> None:
     try:
-        outputs = AutoConfig.from_pretrained(folder, local_files_only=True).num_labels
+        outputs = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).num_labels
     except (OSError, ValueError, KeyError) as error:
         raise InvalidArgumentError(f"{folder} cannot be loaded: {error}", field=field) from error
     if outputs != 1:
