@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from tether.v1 import adapter_pb2, adapter_pb2_grpc
-from tether_services.generator.engines.fake import FAKE_BASE_SHA256, FAKE_LINEAR_SHAPES, fake_logprob
+from tether_services.generator.engines.fake import FAKE_LINEAR_SHAPES, fake_logprob
 from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROBE_TOKENS = (1, 40, 50, 60, 70)

@@ -30,7 +30,7 @@ from tether import (
 )
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.engine import Sampling, derive_seed
-from tether_services.generator.engines.fake import FAKE_BASE_SHA256, fake_completion
+from tether_services.generator.engines.fake import fake_completion
 from tether_services.generator.service import GeneratorService
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engines.fake import fake_entropies, fake_ref_logprobs
@@ -38,6 +38,7 @@ from tether_services.reference.service import ReferenceService
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engines.fake import fake_score, fake_text_score
 from tether_services.reward.service import RewardService
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 from tether_services.runtime.text import ByteCodec
 from tether_services.runtime.text import Message as ServiceMessage
 

@@ -12,7 +12,8 @@ from tests.rpc.generator_serving import Refusal, generate_request, refusal, serv
 from tests.rpc.serving import health, run
 from tether.v1 import generator_pb2
 from tether_services.generator.engine import Sampling, derive_seed
-from tether_services.generator.engines.fake import FAKE_BASE_SHA256, FAKE_MAX_MODEL_LEN, fake_completion
+from tether_services.generator.engines.fake import fake_completion
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256, FAKE_MAX_MODEL_LEN
 from tether_services.runtime.text import ByteCodec, Message
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

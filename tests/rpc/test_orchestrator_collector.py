@@ -14,7 +14,7 @@ from tests.rpc.byte_tokenizer import write_byte_tokenizer
 from tests.rpc.serving import LOCAL, Served, run, serving
 from tether.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from tether_services.generator.config import GeneratorSettings
-from tether_services.generator.engines.fake import FAKE_BASE_SHA256, fake_logprob
+from tether_services.generator.engines.fake import fake_logprob
 from tether_services.generator.service import GeneratorService
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.prompts import Prompt
@@ -28,6 +28,7 @@ from tether_services.reference.service import ReferenceService
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engines.fake import fake_score
 from tether_services.reward.service import RewardService
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 
 PLAN = RolloutPlan(run_id="demo", n=3, temperature=1.0, max_tokens=12, score_model="")
 PROMPTS = [Prompt(str(i), (1, 40 + i, 50)) for i in range(6)]

@@ -19,9 +19,10 @@ from tether.reference import LogprobItem, ReferenceClient
 from tether.v1 import reference_pb2, reference_pb2_grpc
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engine import TaskLogprobs
-from tether_services.reference.engines.fake import FAKE_BASE_SHA256, fake_entropies, fake_ref_logprobs
+from tether_services.reference.engines.fake import fake_entropies, fake_ref_logprobs
 from tether_services.reference.service import SERVICE_NAME, ReferenceService, check_finite
 from tether_services.runtime.content_hash import hash_model_folder
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 
 Scenario = Callable[[ReferenceClient, Served], Awaitable[None]]
 Stub = reference_pb2_grpc.ReferenceServiceStub

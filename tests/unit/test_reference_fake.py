@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 
 import pytest
 
+from tether_services.generator.engines.fake import fake_logprob
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engine import LogprobTask
 from tether_services.reference.engines import build_engine
-from tether_services.reference.engines.fake import FAKE_BASE_SHA256, fake_entropies, fake_ref_logprobs
+from tether_services.reference.engines.fake import fake_entropies, fake_ref_logprobs
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 
 
 def test_the_engine_answers_with_the_oracle() -> None:
@@ -32,13 +33,8 @@ def test_a_value_depends_on_every_token_before_it_and_on_none_after_it() -> None
     assert all(-2.0 < value <= -1.0 for value in base)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tether_services.generator.engines.fake") is None, reason="the generator is not there"
-)
 def test_it_is_the_fake_generator_at_version_0() -> None:
-    from tether_services.generator.engines import fake
-
     ids = [1, 40, 41, 2, 77]
-    expected = [fake.fake_logprob(ids, position, 0) for position in range(2, 5)]
+    expected = [fake_logprob(ids, position, 0) for position in range(2, 5)]
     assert fake_ref_logprobs(ids[:2], ids[2:]) == expected
-    assert fake.FAKE_BASE_SHA256 == FAKE_BASE_SHA256
+    assert build_engine(ReferenceSettings(engine="fake")).description.base_model_sha256 == FAKE_BASE_SHA256

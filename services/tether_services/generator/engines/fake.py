@@ -6,10 +6,8 @@ Programs can be tested against it without a model: `fake_completion` says what t
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.engine import (
@@ -20,15 +18,13 @@ from tether_services.generator.engine import (
     Sampling,
     derive_seed,
 )
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256, FAKE_MAX_MODEL_LEN, FakeContext
 from tether_services.runtime.text import ByteCodec
 
-FAKE_BASE_SHA256 = hashlib.sha256(b"tether fake base model").hexdigest()
-"""Content hash that the fake base model claims."""
 FAKE_LINEAR_SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": (8, 8) for layer in range(2) for name in ("q_proj", "v_proj")
 }
 """The linear layers that the fake base model claims to have."""
-FAKE_MAX_MODEL_LEN = 2048
 _FIRST_LETTER, _NUM_LETTERS = 3 + 32, 95  # ByteCodec ids of printable ASCII
 _ENDS_ONE_IN = 32
 
@@ -38,7 +34,7 @@ def fake_logprob(token_ids: Sequence[int], position: int, version: int) -> float
 
     It is -(1 + u) with u in [0, 1) from the hash of the context, the version and the token.
     """
-    return _logprob(_hash_context(token_ids[:position], version), token_ids[position])
+    return FakeContext(token_ids[:position], version).logprob(token_ids[position])
 
 
 def fake_next_token(token_ids: Sequence[int], version: int, stream: int) -> int:
@@ -49,7 +45,7 @@ def fake_next_token(token_ids: Sequence[int], version: int, stream: int) -> int:
         version: The policy version; 0 is the base model.
         stream: `derive_seed(seed, i)` of completion i; 0 when greedy.
     """
-    return _next_token(_hash_context(token_ids, version), stream, allow_end=True)
+    return _next_token(FakeContext(token_ids, version), stream, allow_end=True)
 
 
 def fake_completion(
@@ -57,36 +53,22 @@ def fake_completion(
 ) -> EngineCompletion:
     """Return exactly what the fake engine answers for one completion. top_p and top_k do not change it."""
     codec = ByteCodec()
-    context = _hash_context(prompt_token_ids, version)
+    context = FakeContext(prompt_token_ids, version)
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {codec.eos_id})
     token_ids: list[int] = []
     logprobs: list[float] = []
     while len(token_ids) < sampling.max_tokens:
         token = _next_token(context, stream, allow_end=not sampling.ignore_eos)
         token_ids.append(token)
-        logprobs.append(_logprob(context, token))
-        context.update(struct.pack("<i", token))
+        logprobs.append(context.logprob(token))
+        context.append(token)
         if token in ends or any(text in codec.decode(token_ids) for text in sampling.stop):
             return EngineCompletion(token_ids, logprobs, "stop")
     return EngineCompletion(token_ids, logprobs, "length")
 
 
-def _hash_context(token_ids: Sequence[int], version: int) -> Any:
-    return hashlib.sha256(struct.pack(f"<q{len(token_ids)}i", version, *token_ids))
-
-
-def _draw(context: Any, salt: bytes) -> int:
-    state = context.copy()
-    state.update(salt)
-    return int.from_bytes(state.digest()[:8], "big")
-
-
-def _logprob(context: Any, token: int) -> float:
-    return -1.0 - _draw(context, b"logprob" + struct.pack("<i", token)) / 2**64
-
-
-def _next_token(context: Any, stream: int, *, allow_end: bool) -> int:
-    draw = _draw(context, b"token" + struct.pack("<Q", stream))
+def _next_token(context: FakeContext, stream: int, *, allow_end: bool) -> int:
+    draw = context.draw(b"token" + struct.pack("<Q", stream))
     if allow_end and draw % _ENDS_ONE_IN == 0:
         return ByteCodec.eos_id
     return _FIRST_LETTER + (draw >> 8) % _NUM_LETTERS

@@ -5,17 +5,12 @@ It is the generator's fake engine at policy version 0: with both, the KL of a ru
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence
 
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engine import EngineDescription, LogprobTask, TaskLogprobs
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256, FAKE_MAX_MODEL_LEN, FakeContext
 from tether_services.runtime.text import ByteCodec
-
-FAKE_BASE_SHA256 = hashlib.sha256(b"tether fake base model").hexdigest()
-"""Content hash that the fake base model claims."""
-FAKE_MAX_MODEL_LEN = 2048
 
 
 def fake_ref_logprobs(prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> list[float]:
@@ -23,13 +18,11 @@ def fake_ref_logprobs(prompt_token_ids: Sequence[int], response_token_ids: Seque
 
     Each is -(1 + u) with u in [0, 1) from the hash of the tokens before it and the token.
     """
-    context = hashlib.sha256(struct.pack(f"<q{len(prompt_token_ids)}i", 0, *prompt_token_ids))
+    context = FakeContext(prompt_token_ids, 0)
     logprobs = []
     for token in response_token_ids:
-        state = context.copy()
-        state.update(b"logprob" + struct.pack("<i", token))
-        logprobs.append(-1.0 - int.from_bytes(state.digest()[:8], "big") / 2**64)
-        context.update(struct.pack("<i", token))
+        logprobs.append(context.logprob(token))
+        context.append(token)
     return logprobs
 
 
