@@ -50,8 +50,8 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, *, steps: int = 3) -> AsyncIterator[World]:
-    settings = OrchestratorSettings.model_validate({**LOCAL, "state_dir": str(folder / "runs")})
+async def world(folder: Path, *, steps: int = 3, **changed: object) -> AsyncIterator[World]:
+    settings = OrchestratorSettings.model_validate({**LOCAL, "state_dir": str(folder / "runs"), **changed})
     engine = ProcessEngine(settings, command=WORKER)
     toml = run_toml(folder).replace("total_steps = 3", f"total_steps = {steps}")
     async with (
@@ -203,6 +203,20 @@ def test_cancelling_stops_after_the_current_step_and_can_be_repeated(tmp_path: P
             assert ended.state == "cancelled"
             assert 1 <= ended.committed_step_count < 1000
             assert (await w.client.cancel_run("slow-1")).state == "cancelled"
+
+    run(scenario())
+
+
+def test_a_worker_that_hangs_is_ended_some_time_after_the_cancellation(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, steps=3, cancel_seconds=0.5) as w:
+            await w.started("hangs-1")
+            await w.client.cancel_run("hangs-1")
+            ended = await w.end_of("hangs-1")
+            assert ended.state == "cancelled"
+            assert "did not stop within 0.5 s" in ended.error
+            await w.client.start_run("steps-2", w.toml)
+            assert (await w.end_of("steps-2")).state == "succeeded"
 
     run(scenario())
 

@@ -134,6 +134,8 @@ class OrchestratorSettings(ServerSettings):
     """Deadline of one Score or ComputeLogprobs call, at most 600."""
     adapter_timeout_seconds: float = Field(default=120.0, gt=0, le=600)
     """Deadline of one push or activation of an adapter, at most 600."""
+    cancel_seconds: float = Field(default=300.0, gt=0, le=86400)
+    """A worker that is still at work this long after CancelRun is ended; longer than a step takes."""
     max_retries: int = Field(default=10, ge=0, le=1000)
     """A call that finds a service unavailable or full is repeated this often before the run fails."""
     retry_backoff_seconds: float = Field(default=0.5, gt=0, le=60)

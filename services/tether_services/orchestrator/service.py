@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -201,10 +202,16 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         """Run an attempt, show its steps as metrics, and if its worker ends without recording how, fail the run."""
         self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, attempt.run_id))
         worker = asyncio.create_task(self._work(attempt))
+        overdue: float | None = None
         while not worker.done():
             await asyncio.wait({worker}, timeout=_METRICS_SECONDS)
             next_step = await self._show_steps(attempt.run_id, next_step)
-        await self._end(attempt, worker.result())
+            run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
+            if run.cancel_requested and overdue is None:
+                overdue = time.monotonic() + self._settings.cancel_seconds
+            if overdue is not None and time.monotonic() > overdue:
+                await self._end_hung(attempt, worker)
+        await self._end(attempt, "the worker hung" if worker.cancelled() else worker.result())
         await self._show_steps(attempt.run_id, next_step)
         self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, attempt.run_id))
 
@@ -215,6 +222,14 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         except OSError as error:
             reason = f"the worker could not be started: {error}"
         return "the orchestrator was stopped; resume the run to go on" if self._closing else reason
+
+    async def _end_hung(self, attempt: Attempt, worker: asyncio.Task[str]) -> None:
+        """End a worker that does not answer a cancellation; no other run could start while it is there."""
+        worker.cancel()
+        await asyncio.wait({worker})
+        error = f"the worker did not stop within {self._settings.cancel_seconds:g} s of CancelRun and was ended"
+        await asyncio.to_thread(self._ledger.finish, attempt, RunState.CANCELLED, error=error)
+        log_event(log, "hung worker ended", level=logging.ERROR, run_id=attempt.run_id)
 
     async def _end(self, attempt: Attempt, reason: str) -> None:
         if await asyncio.to_thread(self._ledger.finish, attempt, RunState.FAILED, error=reason):
