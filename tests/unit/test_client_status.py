@@ -57,6 +57,12 @@ def test_every_error_survives_the_wire(
         assert received.retry_after_seconds == pytest.approx(retry, abs=1e-6)
 
 
+def test_a_stream_that_broke_while_sending_is_unavailable_and_another_internal_error_is_not() -> None:
+    broken = typed(rpc_error(grpc.StatusCode.INTERNAL, "Internal error from Core (ExecuteBatchError)"))
+    assert type(broken) is UnavailableError
+    assert typed(rpc_error(grpc.StatusCode.INTERNAL, "something else")).code is grpc.StatusCode.INTERNAL
+
+
 def test_a_status_of_another_server_keeps_its_code_and_names_the_target() -> None:
     error = typed(rpc_error(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses"))
     assert isinstance(error, UnavailableError)

@@ -19,6 +19,9 @@ DetailT = TypeVar("DetailT", bound=ProtoMessage)
 BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 """The status code of each number."""
 
+CORE_FAILURE = "Internal error from Core"
+"""Details that grpc.aio makes up, with the code INTERNAL, when a stream breaks while sending: the peer is gone."""
+
 
 def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds: float) -> TetherError:
     """Return the typed error of a failed call, with its reason, fields and retry delay where the service sent them.
@@ -33,6 +36,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds:
         return from_status(status)
     code = error.code()
     details = error.details() or code.name
+    if code is grpc.StatusCode.INTERNAL and details.startswith(CORE_FAILURE):
+        code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"no answer within {timeout_seconds:g} s."
     return _build(code, f"{target}: {details}", reason=code.name)
