@@ -14,8 +14,9 @@ import pytest
 from tests.unit.run_inputs import run_config, run_toml, write_model_folder, write_prompts
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
-from tether_services.orchestrator.run_config import MAX_CONFIG_BYTES, check_run_config, is_hub_name, parse_run_config
+from tether_services.orchestrator.run_config import MAX_CONFIG_BYTES, check_run_config, parse_run_config
 from tether_services.orchestrator.session import trainer_config
+from tether_services.runtime.model_folder import is_hub_name
 from tether_services.runtime.settings import describe_settings
 
 

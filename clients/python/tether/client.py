@@ -152,7 +152,7 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:
+        except BaseException:  # an interruption too must leave nothing half-done
             future.cancel()
             raise
 

@@ -181,7 +181,7 @@ class AdapterPushes:
         try:
             with watch.stage("prove"):
                 return await self._prove(adapter, declaration)
-        except BaseException:
+        except BaseException:  # an interruption too must leave nothing half-done
             await self._engine.unload_adapter(adapter)
             raise
 

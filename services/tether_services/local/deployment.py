@@ -16,6 +16,7 @@ import tomli_w
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.local.supervision import Child, ChildSpec, Report
+from tether_services.runtime.threads import thread_environment
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
 Engine = Literal["transformers", "vllm", "fake"]
@@ -156,7 +157,7 @@ class LocalDeployment:
             name=name,
             module=f"tether_services.{name}",
             arguments=("--config", str(config)),
-            environment=_thread_environment(int(settings["threads"])),
+            environment=thread_environment(int(settings["threads"])),
             address=str(settings["address"]),
             log_file=self.log_folder / f"{name}.log",
         )
@@ -249,9 +250,3 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _thread_environment(threads: int) -> dict[str, str]:
-    """Return the thread budget of every tensor library; idle threads must sleep, or processes starve each other."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**dict.fromkeys(names, str(threads)), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}

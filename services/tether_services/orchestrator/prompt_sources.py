@@ -8,7 +8,7 @@ from pathlib import Path
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.prompts import read_prompts
-from tether_services.runtime.model_folder import HUB_NAME
+from tether_services.runtime.model_folder import is_hub_name
 
 __all__ = ["is_dataset", "load_prompt_lists", "load_prompts"]
 
@@ -19,9 +19,7 @@ FILE_SUFFIXES = (".txt", ".jsonl")
 
 def is_dataset(source: str) -> bool:
     """Return whether a source is a folder or a hub name (owner/name), which only the `datasets` library can read."""
-    if os.path.isdir(source):
-        return True
-    return bool(HUB_NAME.fullmatch(source)) and not source.endswith(FILE_SUFFIXES) and not os.path.exists(source)
+    return os.path.isdir(source) or (is_hub_name(source) and not source.endswith(FILE_SUFFIXES))
 
 
 def load_prompts(source: str, *, field: str) -> list[str]:

@@ -11,14 +11,12 @@ from tether.errors import FieldViolation, InvalidArgumentError, TetherError
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.prompt_sources import is_dataset, load_prompt_lists
 from tether_services.orchestrator.prompts import split_prompts
-from tether_services.runtime.model_folder import HUB_NAME
+from tether_services.runtime.model_folder import is_hub_name
 from tether_services.runtime.settings import validate
 
-__all__ = ["MAX_CONFIG_BYTES", "check_run_config", "is_hub_name", "parse_run_config"]
+__all__ = ["MAX_CONFIG_BYTES", "check_run_config", "parse_run_config"]
 
 MAX_CONFIG_BYTES = 256 * 1024
-MAX_HUB_NAME_CHARS = 96
-"""The hub gives no longer names."""
 
 
 def parse_run_config(text: str) -> RunConfig:
@@ -52,11 +50,6 @@ def check_run_config(config: RunConfig) -> None:
     if violations:
         message = f"The configuration has {len(violations)} invalid key(s)."
         raise InvalidArgumentError(message, reason="INVALID_CONFIG", violations=tuple(violations))
-
-
-def is_hub_name(model: str) -> bool:
-    """Return whether a model is to be looked up on a hub: owner/name, and no folder of that name here."""
-    return len(model) <= MAX_HUB_NAME_CHARS and bool(HUB_NAME.fullmatch(model)) and not Path(model).exists()
 
 
 def _check_model(model: str) -> list[FieldViolation]:

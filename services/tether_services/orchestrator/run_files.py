@@ -73,6 +73,6 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # an interruption too must leave nothing half-done
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -18,7 +18,7 @@ from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.runtime.child import die_with_parent
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.server import prepare_process
+from tether_services.runtime.threads import prepare_process
 
 log = logging.getLogger(__name__)
 

@@ -96,7 +96,7 @@ class QueueMetrics:
         self.rejected = Counter(
             f"{prefix}_rejected_total", "Items refused or dropped unexecuted.", ["reason"], registry=registry
         )
-        for reason in ("queue_full", "deadline", "cancelled", "too_large"):
+        for reason in ("queue_full", "deadline", "cancelled"):
             self.rejected.labels(reason)
 
 

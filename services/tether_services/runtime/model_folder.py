@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,18 @@ from typing import Literal
 from tether.errors import InvalidArgumentError
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+MAX_HUB_NAME_CHARS = 96
+"""The hub gives no longer names."""
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """Weights in safetensors, configuration and tokenizer; never pickles or code."""
 
 Dtype = Literal["float32", "bfloat16"]
 """Precision of weights and arithmetic; log-probabilities and scores are computed in float32 in any case."""
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is to be looked up on a hub: owner/name, and nothing of that name here."""
+    return len(name) <= MAX_HUB_NAME_CHARS and bool(HUB_NAME.fullmatch(name)) and not os.path.exists(name)
 
 
 def find_model_folder(model: str, *, field: str) -> Path:
@@ -27,9 +35,9 @@ def find_model_folder(model: str, *, field: str) -> Path:
         InvalidArgumentError: There is no such folder, and it is not a hub name that can be resolved.
     """
     folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    if model and os.path.isdir(folder):  # unlike Path.is_dir, also False for a name that no file can have
         return folder.resolve()
-    if not HUB_NAME.fullmatch(model):
+    if not is_hub_name(model):
         raise InvalidArgumentError(f"{model!r} is neither a folder nor a hub name (org/name).", field=field)
     return _download(model, field=field)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +25,12 @@ from tether_services.runtime.limits import Guard, deadline_guard, readiness_guar
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
+from tether_services.runtime.threads import prepare_process
 
 log = logging.getLogger(__name__)
 
 DATA_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message accepted: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +88,6 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", 30 * 60 * 1000),
         ("grpc.max_connection_age_grace_ms", 10 * 60 * 1000),
     ]
-
-
-def prepare_process(threads: int) -> None:
-    """Give this process its thread budget before any tensor library is loaded.
-
-    Idle OpenMP threads must sleep: four spinning processes on two cores were measured ten times slower.
-    """
-    for name in THREAD_VARIABLES[:3]:
-        os.environ[name] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], Service]) -> int:

@@ -157,7 +157,7 @@ class TransformersEngine:
                 self._peft = PeftModel.from_pretrained(self._model, folder, adapter_name=name)
             else:
                 self._peft.load_adapter(folder, adapter_name=name)
-        except BaseException:
+        except BaseException:  # an interruption too must leave nothing half-done
             self._remove_layers(name)
             raise
         finally:

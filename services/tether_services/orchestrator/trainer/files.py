@@ -32,7 +32,7 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
             _write_flushed(staging / name, content)
         _flush_directory(staging)
         staging.rename(target)
-    except BaseException:
+    except BaseException:  # an interruption too must leave nothing half-done
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _flush_directory(target.parent)
