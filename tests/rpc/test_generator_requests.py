@@ -96,7 +96,7 @@ def test_ignore_eos_gives_exactly_max_tokens() -> None:
     assert {completion.finish_reason for completion in response.completions} == {generator_pb2.FINISH_REASON_LENGTH}
 
 
-def test_stop_text_and_stop_id_end_a_completion_and_stay_in_it() -> None:
+def test_d5_stop_text_and_stop_id_end_a_completion_and_stay_in_it() -> None:
     free = send(generate_request(max_tokens=60, seed=3, ignore_eos=True)).completions[0]
     stop_id = free.token_ids[5]
     by_id = send(generate_request(max_tokens=60, seed=3, stop_token_ids=[stop_id])).completions[0]

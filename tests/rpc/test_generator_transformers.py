@@ -117,7 +117,7 @@ def test_state_names_the_packaged_model(oracle: checks.Oracle) -> None:
     with_server(scenario)
 
 
-def test_logprobs_are_those_of_the_distribution_sampled_from(oracle: checks.Oracle) -> None:
+def test_d8_logprobs_are_those_of_the_distribution_sampled_from(oracle: checks.Oracle) -> None:
     with_server(lambda serving: checks.check_logprobs(serving, oracle, tolerance=1e-5))
 
 

@@ -73,7 +73,7 @@ async def world(*, concurrency: int = 64, token_seconds: float = 0.0, reward: ob
         yield World(generator, services, publisher, RolloutCollector(services, publisher, Identities(FAKE_BASE_SHA256)))
 
 
-def test_every_number_of_a_sample_is_the_oracles() -> None:
+def test_d35_every_number_of_a_sample_is_the_oracles() -> None:
     async def scenario() -> None:
         async with world() as w:
             rollout = await w.collect()

@@ -31,7 +31,7 @@ class World:
     async def next_adapter(self, version: int) -> LocalAdapter:
         """Learn once from fresh samples and return the policy as the given version."""
         rollout = await collect_step(self.session, version - 1)
-        self.session.trainer.update(to_batch(rollout))
+        self.session.trainer.update(to_batch(rollout, max_response_tokens=8))
         return await self.session.export_adapter(version)
 
     async def active(self) -> tuple[str, int]:
@@ -115,7 +115,8 @@ def test_a_version_that_somebody_else_stored_under_the_same_number_is_not_truste
         async with world(tmp_path) as w:
             adapter = await w.next_adapter(1)
             await w.session.publisher.publish(adapter)
-            w.session.trainer.update(to_batch(await collect_step(w.session, 1)))
+            rollout = await collect_step(w.session, 1)
+            w.session.trainer.update(to_batch(rollout, max_response_tokens=8))
             other = await w.session.export_adapter(1)
             assert other.sha256 != adapter.sha256
             await w.session.publisher.take_over(other)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
+from tether.errors import InvalidArgumentError
 from tether.generator import Completion
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.prompts import Prompt
@@ -12,6 +15,13 @@ from tether_services.orchestrator.records import StepRecord
 from tether_services.orchestrator.rollouts import ScoredSample
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.orchestrator.step_metrics import OPTIONAL_METRICS, STEP_METRICS
+
+
+def fields_of(act: Callable[[], object]) -> dict[str, str]:
+    """Return field and description of each violation of an InvalidArgumentError."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        act()
+    return {violation.field: violation.description for violation in caught.value.violations}
 
 
 def write_model_folder(folder: Path) -> Path:

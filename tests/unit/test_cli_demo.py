@@ -14,10 +14,11 @@ from rich.console import Console
 from tether.errors import InvalidArgumentError
 from tether_services.cli.local_commands import local_options
 from tether_services.cli.main import build_parser
-from tether_services.demo.demo import PROMPTS, count_prompts, demo_config
+from tether_services.demo.demo import CONFIG, PROMPTS, count_prompts, demo_config
 from tether_services.demo.summary import NUM_STORIES, print_summary
 from tether_services.local.deployment import DEMO_MODELS
 from tether_services.orchestrator.config import RunConfig
+from tether_services.orchestrator.presets import preset_names, read_preset
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 
 
@@ -61,6 +62,60 @@ def test_a_reward_model_without_adapter_is_scored_with_but_no_start_for_the_crit
 def test_everything_the_command_writes_survives_as_toml() -> None:
     values = configure("--seed", "1")
     assert tomllib.loads(tomli_w.dumps(values)) == values
+
+
+DEMO = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
+AMOUNTS = {key: value for key, value in DEMO.items() if not isinstance(value, dict)}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_the_algorithm_and_the_demo_the_data(tmp_path: Path, name: str) -> None:
+    stories = tmp_path / "stories.txt"
+    stories.write_text("Once there was a cat.\n")
+    extra = ["--set", f"ppo.ptx_text={stories}"] if name == "instructgpt" else []
+    values, preset = configure("--set", f"preset={name}", *extra), read_preset(name)
+    assert values.items() >= AMOUNTS.items()
+    config = parse_run_config(tomli_w.dumps(values))
+    check_run_config(config)
+    assert config.preset == name
+    for table in ("ppo", "trainer"):
+        resolved = getattr(config, table).model_dump()
+        assert resolved.items() >= preset.get(table, {}).items()
+    own = {key: value for key, value in DEMO["ppo"].items() if key not in preset["ppo"]}
+    left_out = {"lam"} if name in ("grpo", "rloo") else set()
+    assert {key: values["ppo"].get(key) for key in own.keys() - left_out} == {k: own[k] for k in own.keys() - left_out}
+    assert not left_out & values["ppo"].keys()
+    assert bool(config.reward_model) == config.ppo.has_critic
+
+
+def test_the_command_line_is_stronger_than_a_preset() -> None:
+    values = configure("--set", "preset=nplus", "--set", "ppo.lam=0.5", "--set", "prompts_per_step=4", "--seed", "3")
+    config = parse_run_config(tomli_w.dumps(values))
+    assert (config.ppo.lam, config.prompts_per_step, config.ppo.score_placement) == (0.5, 4, "n_plus")
+    assert (config.trainer.learning_rate, config.trainer.seed) == (3e-6, 3)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_baseline"])
+def test_the_demo_runs_without_a_critic_when_asked_to(advantage: str) -> None:
+    values = configure("--set", f"ppo.advantage={advantage}")
+    check_run_config(parse_run_config(tomli_w.dumps(values)))
+    assert "reward_model" not in values and "lam" not in values["ppo"], "only a critic reads them"
+    assert values["ppo"]["kl_coef"] == DEMO["ppo"]["kl_coef"]
+
+
+def test_the_demo_refuses_what_the_command_line_sets_in_vain() -> None:
+    values = configure("--set", "ppo.advantage=rloo", "--set", "ppo.lam=0.9")
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_run_config(parse_run_config(tomli_w.dumps(values)))
+    assert [violation.field for violation in caught.value.violations] == ["ppo.lam"]
+
+
+def test_the_demo_names_the_presets_that_there_are() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        configure("--set", "preset=best")
+    (violation,) = caught.value.violations
+    assert violation.field == "preset"
+    assert all(name in violation.description for name in preset_names())
 
 
 @pytest.mark.parametrize(("content", "field"), [(None, "prompts"), ("One\nTwo\n", "evaluation_count")])

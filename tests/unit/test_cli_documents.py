@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from tether.errors import InvalidArgumentError
+from tether_services.cli.main import main
 from tether_services.cli.run_document import read_run_document
 
 
@@ -48,3 +50,19 @@ def test_a_bad_file_or_override_says_what_is_wrong(
         file.write_text(content)
     with pytest.raises(InvalidArgumentError, match=expected):
         read_run_document(file, overrides)
+
+
+def test_a_dry_run_prints_every_setting_with_its_value_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "grpo"\nmodel = "m"\nprompts = "p.txt"\n[trainer]\nlearning_rate = 1e-4\n')
+    arguments = ["run", "start", "a", "--config", str(file), "--dry-run", "--address", "127.0.0.1:1"]
+    assert main([*arguments, "--set", "ppo.epochs=2"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["preset"], shown["responses_per_prompt"], shown["total_steps"]) == ("grpo", 8, 20)
+    assert (shown["ppo"]["kl_in"], shown["ppo"]["epochs"], shown["ppo"]["clip_range"]) == ("loss", 2, 0.2)
+    assert main([*arguments, "--set", "ppo.lam=0.5", "--set", "preset=nope"]) == 42
+    assert "preset: " in capsys.readouterr().err
+    assert main([*arguments, "--set", "ppo.lam=0.5"]) == 42
+    assert "ppo.lam: has no effect" in capsys.readouterr().err

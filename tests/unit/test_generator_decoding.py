@@ -91,7 +91,7 @@ def test_single_token_completion_has_length_one(model: DecodingModel) -> None:
     assert (len(completion.token_ids), len(completion.logprobs), completion.finish_reason) == (1, 1, "length")
 
 
-def test_stop_on_the_last_allowed_token_is_a_stop(model: DecodingModel) -> None:
+def test_d5_stop_on_the_last_allowed_token_is_a_stop(model: DecodingModel) -> None:
     drawn = (decode_slowly(model, Row((1, 5), Sampling(4, ignore_eos=True), seed=seed)) for seed in range(50))
     seed, free = next((i, c) for i, c in enumerate(drawn) if c.token_ids[3] not in {2, *c.token_ids[:3]})
     sampling = Sampling(4, stop_token_ids=(free.token_ids[3],), ignore_eos=True)

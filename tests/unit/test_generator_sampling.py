@@ -59,6 +59,12 @@ def test_filter_applies_each_rows_own_parameters() -> None:
         assert kept[row].tolist() == slow_filter(logits[row].tolist(), float(top_p[row]), int(top_k[row]))
 
 
+def test_tokens_as_likely_as_the_last_one_of_top_k_all_stay() -> None:
+    logits = torch.tensor([[0.0, 2.0, 0.0, 1.0, -1.0], [3.0, 3.0, 3.0, 1.0, 3.0]])
+    kept = filter_logits(logits, top_p=torch.ones(2), top_k=torch.tensor([3, 1]))
+    assert kept.isfinite().tolist() == [[True, True, True, True, False], [True, True, True, False, True]]
+
+
 def test_filter_always_keeps_a_token_even_if_all_are_equal() -> None:
     kept = filter_logits(torch.zeros(1, 5), top_p=torch.tensor([1e-9]), top_k=torch.tensor([5]))
     assert int(kept.isfinite().sum()) == 1
@@ -73,7 +79,7 @@ def test_logprobs_are_the_log_softmax_of_scaled_logits() -> None:
         assert float(logprobs[row]) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_logprobs_of_filtered_rows_are_renormalised_over_the_kept_set() -> None:
+def test_d8_logprobs_of_filtered_rows_are_renormalised_over_the_kept_set() -> None:
     logits = random_logits(1, 17)
     sampling = Sampling(1, temperature=0.8, top_k=4, top_p=0.9)
     tokens, logprobs = sample_tokens(logits, rows_of(sampling, vocab_size=17), torch.tensor([0.99]).double())

@@ -27,6 +27,7 @@ FAMILIES = {
     "tether_reward",
     "tether_reward_mean",
     "tether_reward_std",
+    "tether_kl_coef",
     "tether_kl_nats",
     "tether_entropy_nats",
     "tether_ppo_clip_ratio",
@@ -83,7 +84,9 @@ def test_all_families_and_label_combinations_exist_from_the_start() -> None:
 
 def test_a_step_moves_counters_gauges_and_histograms() -> None:
     exported = Exported()
-    exported.metrics.observe_step(step_record(2, score_mean=0.125, kl_per_token=-0.01, mean_abs_dlogp=1e-6))
+    exported.metrics.observe_step(
+        step_record(2, score_mean=0.125, kl_per_token=-0.01, mean_abs_dlogp=1e-6, critic_grad_norm=2.5)
+    )
     assert exported.value("tether_step_total", outcome="committed") == 1
     assert exported.value("tether_generated_tokens_total") == 32
     assert exported.value("tether_reward_mean") == 0.125

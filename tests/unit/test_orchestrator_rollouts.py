@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -119,10 +120,13 @@ def test_a_span_reaches_from_the_first_start_to_the_last_end() -> None:
 
 def test_the_batch_holds_the_samples_in_their_order() -> None:
     samples = [
-        scored_sample(token_ids=(5, 6), score=1.0),
-        scored_sample(token_ids=(7,), logprobs=(-0.5,), ref_logprobs=(-0.25,), score=-2.0),
+        replace(scored_sample(token_ids=(5, 6), score=1.0), group=3),
+        replace(scored_sample(token_ids=(7,), logprobs=(-0.5,), ref_logprobs=(-0.25,), score=-2.0), group=4),
     ]
-    batch = to_batch(Rollout(samples, num_generated=2))
+    ended = replace(samples[1].completion, finish_reason="stop")
+    samples[1] = replace(samples[1], completion=ended)
+    batch = to_batch(Rollout(samples, num_generated=2), max_response_tokens=2)
+    assert (batch.group_ids(), batch.has_eos(), batch.response_limit) == ([3, 4], [False, True], 2)
     assert [tuple(s.response_token_ids) for s in batch.samples] == [(5, 6), (7,)]
     assert [tuple(s.prompt_token_ids) for s in batch.samples] == [(1, 2), (1, 2)]
     assert list(map(tuple, batch.logprobs)) == [(-1.0, -2.0), (-0.5,)]

@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.unit.run_inputs import run_config, run_toml, write_model_folder, write_prompts
-from tether.errors import InvalidArgumentError
-from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
+from tests.unit.run_inputs import fields_of, run_config, run_toml, write_model_folder, write_prompts
+from tether_services.orchestrator import run_config as run_config_module
+from tether_services.orchestrator.config import ALL_LINEAR_LAYERS, OrchestratorSettings, RunConfig
 from tether_services.orchestrator.run_config import MAX_CONFIG_BYTES, check_run_config, parse_run_config
 from tether_services.orchestrator.session import trainer_config
 from tether_services.runtime.model_folder import is_hub_name
 from tether_services.runtime.settings import describe_settings
 
-
-def fields_of(act: Callable[[], object]) -> dict[str, str]:
-    """Return field and description of each violation of an InvalidArgumentError."""
-    with pytest.raises(InvalidArgumentError) as caught:
-        act()
-    return {violation.field: violation.description for violation in caught.value.violations}
+README = Path(run_config_module.__file__).parent / "README.md"
 
 
 def test_a_minimal_configuration_has_the_defaults_of_the_ppo_reference(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     assert (config.ppo.temperature, config.ppo.kl_coef, config.ppo.gamma, config.ppo.lam) == (1.0, 0.05, 1.0, 0.95)
-    assert (config.ppo.clip_range, config.ppo.value_clip_range, config.ppo.tis_cap) == (0.2, 0.2, 2.0)
+    assert (config.ppo.clip_range, config.ppo.value_clip_range, config.ppo.sampler_range) == (0.2, 0.2, (0.0, 2.0))
     check_run_config(config)
 
 
@@ -145,9 +139,23 @@ def test_every_setting_has_a_sentence() -> None:
             assert sentence.strip().endswith("."), key
 
 
-def test_a_run_has_at_most_forty_settings() -> None:
-    settings = [line for line in describe_settings(RunConfig, env_prefix="").splitlines() if " = " in line[:60]]
-    assert 30 <= len(settings) <= 40
+def test_a_run_has_62_settings_and_one_more_needs_a_decision() -> None:
+    """The design aims at 30 to 40; docs/decisions/0004 says why there are more, and what was left out."""
+    assert 30 <= len(run_settings()) <= 62
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    section = README.read_text(encoding="utf-8").split("## Settings of a run\n")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    spelled = {"null": "unset", json.dumps(ALL_LINEAR_LAYERS): "all linear layers"}
+    expected = {key: spelled.get(default, default) for key, default in run_settings().items()}
+    assert {row[1].strip(" `"): row[2].strip(" `") for row in rows} == expected
+
+
+def run_settings() -> dict[str, str]:
+    """Return the default of every setting of a run, as --help spells it."""
+    lines = describe_settings(RunConfig, env_prefix="").splitlines()[1::2]
+    return {key.strip(): default for key, _, default in (line.partition(" = ") for line in lines)}
 
 
 def test_the_service_process_loads_no_tensor_library() -> None:

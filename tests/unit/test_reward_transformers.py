@@ -105,7 +105,7 @@ def test_an_adapter_folder_equals_a_direct_peft_forward(adapter: Path) -> None:
         assert plain_scores(model, tasks) != pytest.approx(expected, abs=1e-2)
 
 
-def test_an_item_alone_and_in_a_batch_agree(classifier: Path) -> None:
+def test_d35_an_item_alone_and_in_a_batch_agree(classifier: Path) -> None:
     tasks = ragged_tasks(12)
     together, _ = score(classifier, tasks)
     alone = [score(classifier, [task])[0][0] for task in tasks]
@@ -119,7 +119,7 @@ def test_padding_and_pass_size_change_nothing(adapter: Path, forward_tokens: int
     assert score(adapter, tasks, forward_tokens=forward_tokens)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_response_that_ends_in_the_pad_id_is_scored_at_that_token(classifier: Path) -> None:
+def test_d34_a_response_that_ends_in_the_pad_id_is_scored_at_that_token(classifier: Path) -> None:
     short, long = ScoreTask(response_token_ids=(4, 5)), ScoreTask(response_token_ids=(4, 5, PAD))
     scores, _ = score(classifier, [short, long])
     assert scores[0] != pytest.approx(scores[1], abs=1e-3)

@@ -9,7 +9,12 @@ import torch
 from tests.unit.tiny_llama import VOCAB_SIZE, random_samples
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.trainer import RolloutBatch, Sample
-from tether_services.orchestrator.trainer.batch import build_micro_batches, check_samples, response_lengths
+from tether_services.orchestrator.trainer.batch import (
+    build_micro_batches,
+    check_samples,
+    response_lengths,
+    value_samples,
+)
 
 PAIR = [Sample([1, 5], [7, 2]), Sample([3], [9])]
 
@@ -20,6 +25,8 @@ def test_the_worked_example_of_a_micro_batch_holds() -> None:
     assert micro.states.tolist() == [0, 4, 5]
     assert micro.targets.tolist() == [9, 7, 2]
     assert micro.tokens.tolist() == [2, 0, 1]
+    assert micro.mask.tolist() == [[True, False], [True, True]]
+    assert micro.pad(torch.tensor([0.9, 0.7, 0.2])).tolist() == torch.tensor([[0.9, 0.0], [0.7, 0.2]]).tolist()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 13, 40, 10_000])
@@ -110,6 +117,8 @@ GOOD: dict[str, Any] = {
         ("logprobs", [[-1.0, math.nan], [-3.0]], "batch.logprobs[0]"),
         ("scores", [0.5], "batch.scores"),
         ("scores", [0.5, math.nan], "batch.scores"),
+        ("groups", [1], "batch.groups"),
+        ("stopped", [True, True, False], "batch.stopped"),
     ],
 )
 def test_a_rollout_batch_that_does_not_fit_together_names_the_field(changed: str, value: object, field: str) -> None:
@@ -117,3 +126,25 @@ def test_a_rollout_batch_that_does_not_fit_together_names_the_field(changed: str
     with pytest.raises(InvalidArgumentError) as caught:
         RolloutBatch(**(GOOD | {changed: value}))
     assert caught.value.violations[0].field == field
+
+
+def test_without_groups_each_sample_is_its_own_and_all_have_ended() -> None:
+    batch = RolloutBatch(**GOOD)
+    assert (batch.group_ids(), batch.has_eos(), batch.response_limit) == ([0, 1], [True, True], 2)
+    told = RolloutBatch(**GOOD, groups=[7, 7], stopped=[False, True], max_response_tokens=9)
+    assert (told.group_ids(), told.has_eos(), told.response_limit) == ([7, 7], [False, True], 9)
+
+
+@pytest.mark.parametrize(("limit", "extra"), [(2, [0, 1]), (3, [1, 1]), (0, [0, 1])])
+def test_d6_n_plus_has_one_more_value_where_the_response_is_below_the_limit(limit: int, extra: list[int]) -> None:
+    batch = RolloutBatch(**GOOD, max_response_tokens=limit)
+    counts = response_lengths(value_samples(batch, "n_plus"))
+    assert counts == [2 + extra[0], 1 + extra[1]]
+    assert value_samples(batch, "last") is batch.samples
+
+
+def test_d6_the_extra_value_is_of_the_state_after_the_last_token() -> None:
+    batch = RolloutBatch(**GOOD, max_response_tokens=3)
+    (micro,) = build_micro_batches(value_samples(batch, "n_plus"), range(2), max_tokens=100)
+    assert micro.token_ids.tolist() == [[3, 9, 0, 0], [1, 5, 7, 2]]
+    assert micro.token_ids.flatten()[micro.states].tolist() == [3, 9, 5, 7, 2]

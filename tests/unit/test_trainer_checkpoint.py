@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.tiny_llama import new_trainer, random_samples, score_samples, write_tiny_llama
+from tests.unit.tiny_llama import new_trainer, random_samples, score_samples, weights_of, write_tiny_llama
 from tether.errors import FailedPreconditionError, NotFoundError, TetherError
 from tether_services.orchestrator.config import PpoConfig
 from tether_services.orchestrator.trainer import Trainer
 
 PPO = PpoConfig(epochs=2, minibatches=2)
+TEXT = [[(5 * i + 2 * k) % 48 for k in range(4)] for i in range(8)]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "base")
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "base", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +35,21 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(trainer: Trainer, first: int, last: int) -> None:
     for step in range(first, last):
-        trainer.update(score_samples(trainer, random_samples(9, seed=step)))
+        batch = score_samples(trainer, random_samples(9, seed=step))
+        trainer.update(replace(batch, groups=[0, 1, 2] * 3), TEXT)
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
     """All that decides the rest of a run, by name."""
-    found: dict[str, Tensor] = {"rng": trainer._generator.get_state()}
-    for name, optimiser in (("policy", trainer._learner.policy), ("critic", trainer._learner.critic)):
-        parameters = trainer._model.trained_parameters("policy" if name == "policy" else "critic")
-        found |= {f"{name}.{n}": p.detach().clone() for n, p in parameters.items()}
+    found: dict[str, Tensor] = {"rng": trainer._generator.get_state()} | weights_of(trainer)
+    for name, optimiser in trainer._optimisers.items():
         found |= {f"{name}.{n}": t.clone() for n, t in optimiser.state_tensors().items()}
+    found["kl_coef"] = torch.tensor(trainer._kl.kl_coef, dtype=torch.float64)
+    if trainer._average is not None:
+        found |= {f"average.{n}": t.clone() for n, t in trainer._average.tensors.items()}
+    if trainer._normaliser is not None:
+        moments = trainer._normaliser.count, trainer._normaliser.mean, trainer._normaliser.var
+        found["moments"] = torch.tensor(moments, dtype=torch.float64)
     return found
 
 
@@ -63,6 +71,56 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(base: Path, tmp_
     learn(resumed, steps_before, steps_before + 2)
     assert_identical(everything(resumed), everything(whole))
     assert resumed.num_updates == whole.num_updates
+
+
+OPTIONS: dict[str, Any] = {
+    "normalise_scores": True,
+    "kl_target": 0.5,
+    "kl_horizon": 50.0,
+    "ptx_coef": 0.2,
+    "target_kl": 0.05,
+    "critic_warmup_steps": 1,
+    "entropy_coef": 0.01,
+    "missing_eos": "subtract",
+    "score_placement": "n_plus",
+}
+WITHOUT_CRITIC = OPTIONS | {"critic_warmup_steps": 0, "score_placement": "last", "advantage": "grpo"}
+ALL_PARTS: dict[str, Any] = {"ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 1}
+
+
+@pytest.mark.parametrize("options", [OPTIONS, WITHOUT_CRITIC], ids=["critic", "no critic"])
+@pytest.mark.parametrize("steps_before", [1, 2])
+def test_a_run_with_every_optional_part_resumes_bit_for_bit(
+    base: Path, tmp_path: Path, options: dict[str, Any], steps_before: int
+) -> None:
+    optimizer = "adamw" if importlib.util.find_spec("bitsandbytes") is None else "adamw_8bit"
+    ppo, parts = PpoConfig.model_validate(PPO.model_dump() | options), ALL_PARTS | {"optimizer": optimizer}
+    whole = new_trainer(base, ppo=ppo, **parts)
+    learn(whole, 0, steps_before)
+    whole.save_checkpoint(tmp_path / "checkpoint")
+    learn(whole, steps_before, steps_before + 2)
+    resumed = new_trainer(base, ppo=ppo, seed=99, **parts)
+    resumed.load_checkpoint(tmp_path / "checkpoint")
+    learn(resumed, steps_before, steps_before + 2)
+    state = everything(whole)
+    assert_identical(everything(resumed), state)
+    assert float(state["kl_coef"]) != ppo.kl_coef
+    assert int(state["moments"][0]) == 9 * (steps_before + 2)
+    assert ("critic/value_head.weight" in state) == ppo.has_critic
+
+
+@pytest.mark.parametrize(
+    ("ppo", "config"), [({"normalise_scores": True}, {}), ({}, {"ema_decay": 0.9}), ({"advantage": "rloo"}, {})]
+)
+def test_a_checkpoint_without_a_part_that_this_trainer_has_is_refused(
+    base: Path, saved: Path, ppo: dict[str, Any], config: dict[str, Any]
+) -> None:
+    trainer = new_trainer(base, ppo=PpoConfig.model_validate(PPO.model_dump() | ppo), **config)
+    before = everything(trainer)
+    with pytest.raises(FailedPreconditionError) as caught:
+        trainer.load_checkpoint(saved)
+    assert caught.value.reason == "CHECKPOINT_MISMATCH"
+    assert_identical(everything(trainer), before)
 
 
 def test_saving_changes_nothing(base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.unit.tiny_llama import new_trainer, random_samples, score_samples, wr
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.config import PpoConfig
 from tether_services.orchestrator.trainer import Sample, Trainer
-from tether_services.orchestrator.trainer.batch import MicroBatch, build_micro_batches
+from tether_services.orchestrator.trainer.batch import build_micro_batches
 from tether_services.orchestrator.trainer.forward import (
     gather_flat,
     response_logprobs,
@@ -113,7 +114,7 @@ def test_d3_the_id_that_fills_the_padding_is_never_read(trained: Trainer) -> Non
     (micro,) = build_micro_batches([Sample([4, 5], [6]), Sample([9] * 5, [10] * 5)], range(2), max_tokens=100)
     other = micro.token_ids.clone()
     other[0, 2:] = 33
-    refilled = MicroBatch(other, micro.states, micro.targets, micro.tokens)
+    refilled = replace(micro, token_ids=other)
     with trained._model.using("policy"), torch.no_grad():
         first, second = (response_logprobs(trained._model, m, temperature=1.0) for m in (micro, refilled))
     assert first.equal(second)
@@ -142,8 +143,8 @@ def test_chunks_over_the_vocabulary_change_neither_logprobs_nor_gradients(
             parameters = list(trained._model.adapter_parameters("policy").values())
             gradients = torch.autograd.grad((logprobs * torch.arange(len(logprobs))).sum(), parameters)
         results.append(torch.cat([logprobs.detach(), *(g.flatten() for g in gradients)]))
-    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(results[2], results[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results[2], results[0], atol=1e-4, rtol=1e-4)
 
 
 def test_never_more_than_a_chunk_of_logits_exists_at_a_time(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

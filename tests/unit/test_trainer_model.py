@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from tests.unit.tiny_llama import new_trainer, random_samples, write_tiny_llama
+from tests.unit.tiny_llama import new_trainer, random_samples, score_samples, write_tiny_llama
 from tether.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from tether_services.orchestrator.config import PpoConfig, TrainerConfig
 from tether_services.orchestrator.trainer import Trainer
@@ -60,6 +62,18 @@ def test_there_is_one_base_in_memory(base: Path) -> None:
     adapters = sum(p.numel() for a in ("policy", "critic") for p in model.adapter_parameters(a).values())
     total = sum(p.numel() for p in model._peft.parameters())
     assert total == adapters + sum(p.numel() for p in load_base(base, dtype="float32").parameters())
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_baseline"])
+def test_without_a_critic_there_is_no_critic_adapter(base: Path, tmp_path: Path, advantage: str) -> None:
+    trainer = new_trainer(base, ppo=PpoConfig.model_validate({"advantage": advantage, "epochs": 1}))
+    assert set(trainer._model.shapes) == set(trainer._optimisers) == {"policy"}
+    assert not [name for name, _ in trainer._model._peft.named_parameters() if ".critic." in name]
+    batch = replace(score_samples(trainer, random_samples(4)), groups=[0, 0, 1, 1])
+    assert trainer.update(batch).policy_grad_norm > 0.0
+    trainer.save_checkpoint(tmp_path / "1")
+    with safe_open(tmp_path / "1" / "weights.safetensors", framework="pt") as saved:
+        assert {name.partition("/")[0] for name in saved.keys()} == {"policy"}  # noqa: SIM118
 
 
 def test_the_reference_leaves_the_adapters_on_for_whoever_comes_next(base: Path) -> None:

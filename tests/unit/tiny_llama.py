@@ -55,6 +55,33 @@ def new_trainer(folder: Path, *, total_steps: int = 10, ppo: PpoConfig | None = 
     return Trainer(folder, settings, ppo or PpoConfig(), total_steps=total_steps)
 
 
+@torch.no_grad()
+def randomise_adapters(trainer: Trainer, *, seed: int = 9) -> Trainer:
+    """Return the trainer with adapters that are no identity, so that policy, critic and reference all differ."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in trainer._trained:
+        for parameter in trainer._model.adapter_parameters(name).values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def in_float64(trainer: Trainer) -> Trainer:
+    """Return the trainer with model and head in float64; to be called before the first update."""
+    trainer._model._peft.double()
+    trainer._model.value_head.double()
+    return trainer
+
+
+def trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    """Return all that the trainer changes, named `<adapter>/<parameter>`."""
+    return {f"{a}/{n}": p for a in trainer._trained for n, p in trainer._model.trained_parameters(a).items()}
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return a copy of all that the trainer changes, named `<adapter>/<parameter>`."""
+    return {name: p.detach().clone() for name, p in trained_parameters(trainer).items()}
+
+
 def score_samples(
     trainer: Trainer, samples: Sequence[Sample], *, scores: Sequence[float] | None = None, temperature: float = 1.0
 ) -> RolloutBatch:

@@ -86,6 +86,11 @@ def _print_completion(completion: Completion, *, number: int, of: int) -> None:
 
 def run(known: argparse.Namespace) -> int:
     """Carry out `tether run ACTION` and return the exit status; a run watched to a bad end is 1."""
+    if getattr(known, "dry_run", False):
+        from tether_services.cli.run_document import resolve_run_document
+
+        print_json(resolve_run_document(known.config, known.overrides))
+        return 0
     return asyncio.run(_run(known))
 
 

@@ -146,6 +146,7 @@ def _add_run_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one key"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and start nothing")
 
 
 def _add_score(commands: Commands) -> None:

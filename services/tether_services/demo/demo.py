@@ -20,8 +20,9 @@ from tether_services.cli.local_commands import local_options, run_until_interrup
 from tether_services.cli.watching import follow_run
 from tether_services.demo.summary import print_summary
 from tether_services.local.deployment import LocalDeployment, LocalOptions
+from tether_services.orchestrator.presets import lay_over, read_preset
 from tether_services.orchestrator.prompt_sources import is_dataset
-from tether_services.orchestrator.run_config import check_run_config, parse_run_config
+from tether_services.orchestrator.run_config import check_run_config, lay_over_defaults, parse_run_config
 from tether_services.runtime.settings import merge_overrides
 
 FOLDER: Final = Path(__file__).parent
@@ -47,7 +48,23 @@ def run_demo(known: argparse.Namespace) -> int:
 
 
 def demo_config(known: argparse.Namespace, options: LocalOptions) -> dict[str, Any]:
-    """Return the configuration of the run: demo.toml, then the command line."""
+    """Return the configuration of the run: demo.toml, a preset, then the command line.
+
+    A preset takes the place of the demo's algorithm and trainer; the demo's amount of data stays.
+
+    Raises:
+        InvalidArgumentError: Names every unknown or invalid key with its path.
+    """
+    chosen: dict[str, Any] = {}
+    merge_overrides(chosen, known.overrides)
+    demo = demo_defaults(known, options)
+    amounts = {key: value for key, value in demo.items() if not isinstance(value, dict)}
+    preset = read_preset(chosen.get("preset"))
+    return lay_over_defaults(chosen, lay_over(lay_over(demo, preset), amounts))
+
+
+def demo_defaults(known: argparse.Namespace, options: LocalOptions) -> dict[str, Any]:
+    """Return demo.toml, with what the options of the command fill in."""
     values = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
     prompts = known.prompts or PROMPTS
     values |= {"model": options.model, "prompts": str(prompts)}
@@ -61,7 +78,6 @@ def demo_config(known: argparse.Namespace, options: LocalOptions) -> dict[str, A
     values["trainer"]["threads"] = options.threads
     if known.seed is not None:
         values["seed"] = values["trainer"]["seed"] = known.seed
-    merge_overrides(values, known.overrides)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -14,33 +15,103 @@ PROGRAM = "tether serve orchestrator"
 ENV_PREFIX = "TETHER_ORCHESTRATOR__"
 ALL_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama-like block: attention and MLP."""
+SAMPLER_RANGES = {
+    "none": (0.0, math.inf),
+    "token_tis": (0.0, 2.0),
+    "icepop": (0.5, 5.0),
+    "token_mask": (0.5, 2.0),
+    "sequence_mask_geometric": (0.98, 1.02),
+}
+"""Accepted ratios of trainer to generator where none are set, by kind of correction."""
 
 
 class PpoConfig(Settings):
-    """The PPO algorithm: reward shaping, advantages and the two clipped losses."""
+    """The PPO algorithm: reward shaping, advantages, the losses and what is added to them."""
 
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_baseline"] = "gae"
+    """`gae` has a critic; the others compare the responses to one prompt and have none."""
     epochs: int = Field(default=4, ge=1, le=100)
     """Passes over each rollout batch, 1 to 100."""
     minibatches: int = Field(default=1, ge=1, le=10_000)
     """Optimiser steps per pass, 1 to the number of samples of a step."""
     clip_range: float = Field(default=0.2, gt=0, lt=1)
     """Policy ratios are clipped to 1 -+ this, above 0 and below 1."""
+    clip_range_high: float | None = Field(default=None, gt=0)
+    """Upper range where it differs from the lower, above 0; unset: `clip_range`."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """The loss of a negative advantage A is at most this times -A, above 1; unset: no bound."""
     value_clip_range: float = Field(default=0.2, gt=0)
     """A value may move this far from its rollout value, in units of the return, above 0."""
+    aggregation: Literal["token_mean", "sequence_mean", "token_sum"] = "token_mean"
+    """Of the whole optimiser step: mean of tokens, mean of responses' means, or sum over responses at full length."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus, 0 or more."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """An update ends early when the policy has moved this far in nats per token (approx_kl); unset: never."""
+    critic_warmup_steps: int = Field(default=0, ge=0)
+    """PPO steps at the start in which only the critic learns, 0 or more."""
     kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of the KL to the reference in the reward, 0 or more."""
+    """Weight of the KL to the reference, 0 or more; the first one where it adapts."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL acts: in the token rewards (k1), or as a loss (value of k3, gradient of k2)."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """KL that the weight adapts to, nats summed over a response, above 0; unset: the weight is fixed."""
+    kl_horizon: float = Field(default=10_000.0, gt=0)
+    """Responses over which an error of 100 % doubles an adaptive weight, above 0; errors count up to 20 %."""
+    score_placement: Literal["last", "n_plus"] = "last"
+    """Token that carries the score: the last one of the response, or the one after it, with a value of its own."""
+    missing_eos: Literal["none", "subtract", "replace"] = "none"
+    """What happens to the score of a response that was cut at the limit."""
+    missing_eos_value: float = 1.0
+    """Subtracted from such a score, or put in its place."""
+    score_clip: float | None = Field(default=None, gt=0)
+    """Scores are clipped to -+ this, above 0; unset: not."""
+    normalise_scores: bool = False
+    """Scale scores by mean and deviation of all scores of the run so far, beyond the reward model's own constants."""
+    whiten_rewards: bool = False
+    """Scale token rewards to variance 1 over the rollout batch; their mean stays."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token, 0 to 1."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """Decay of the advantage estimator: 0 is one step, 1 is Monte Carlo."""
+    whiten_advantages: bool | None = None
+    """Scale advantages to mean 0 and variance 1 over the rollout batch; unset: yes for gae and reinforce_baseline."""
     temperature: float = Field(default=1.0, ge=0.01, le=2)
     """Sampling temperature, the same for rollouts, reference and update, 0.01 to 2."""
-    whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the rollout batch."""
-    tis_cap: float = Field(default=2.0, ge=1)
-    """Largest importance weight of a token, trainer over generator, 1 or more."""
+    sampler_correction: Literal["none", "token_tis", "icepop", "token_mask", "sequence_mask_geometric"] = "token_tis"
+    """Weight of the policy loss for tokens drawn by a generator that is not exactly the trainer."""
+    sampler_low: float | None = Field(default=None, ge=0)
+    """Smallest accepted ratio of trainer to generator, 0 or more; unset: 0, 0.5, 0.5 or 0.98 by kind of correction."""
+    sampler_high: float | None = Field(default=None, gt=0)
+    """Largest accepted ratio, above 0; unset: 2, 5, 2 or 1.02 by kind of correction."""
     mismatch_limit: float = Field(default=0.05, gt=0)
     """Mean |trainer - generator logprob| in nats above which a batch is refused before any update, above 0."""
+    ptx_coef: float = Field(default=0.0, ge=0)
+    """Weight of the language-model loss on `ptx_text` in each policy step, 0 or more (PPO-ptx)."""
+    ptx_text: str = ""
+    """Pretraining text, same forms as `prompts`; needed with `ptx_coef`."""
+    ptx_rows: int = Field(default=8, ge=1, le=10_000)
+    """Sequences of `ptx_text` per optimiser step, each as long as prompt and response may be together, 1 to 10,000."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned."""
+        return self.advantage == "gae"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """Whether advantages are whitened."""
+        by_kind = self.advantage in ("gae", "reinforce_baseline")
+        return by_kind if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def sampler_range(self) -> tuple[float, float]:
+        """(low, high) of the sampler correction."""
+        low, high = SAMPLER_RANGES[self.sampler_correction]
+        return (
+            low if self.sampler_low is None else self.sampler_low,
+            high if self.sampler_high is None else self.sampler_high,
+        )
 
 
 class TrainerConfig(Settings):
@@ -50,10 +121,16 @@ class TrainerConfig(Settings):
     """Of the policy adapter, above 0 and at most 1; no default, because the right one depends on the model."""
     critic_learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Of the critic adapter and value head, above 0 and at most 1; unset: `learning_rate`."""
-    schedule: Literal["linear", "constant"] = "linear"
-    """`linear` decays both learning rates to 0 over the run, `constant` keeps them."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """`linear` and `cosine` take both learning rates to 0 over the run, `constant` keeps them."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """PPO steps over which both learning rates first rise from 0, 0 or more, below `total_steps`."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments of larger tensors in 8 bits (bitsandbytes)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradients of each adapter are scaled down to this norm, above 0."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per optimiser step of an average of the policy adapter, written beside it, 0 to 1; unset: no average."""
     lora_rank: int = Field(default=8, ge=1, le=512)
     """Rank of the adapters, 1 to 512; the generator has its own limit."""
     lora_alpha: int = Field(default=16, ge=1, le=65_536)
@@ -75,6 +152,8 @@ class TrainerConfig(Settings):
 class RunConfig(Settings):
     """One training run. Relative paths are relative to the working directory of the orchestrator."""
 
+    preset: Literal["", "instructgpt", "nplus", "grpo", "rloo", "small"] = ""
+    """Named settings that lie under those of the run; empty: none."""
     model: str = Field(min_length=1)
     """Starting policy: a transformers model folder, or a hub name (owner/name)."""
     reward_model: str = ""

@@ -37,6 +37,7 @@ async def run_training(session: Session) -> None:
         stop_if_cancelled(session)
         await run_step(session, step)
     stop_if_cancelled(session)
+    await session.export_average()
     if session.config.evaluation:
         await evaluate(session, "after")
 
@@ -46,8 +47,10 @@ async def run_step(session: Session, step: int) -> StepRecord:
     clock = StepClock()
     with clock.phase("rollout", step):
         rollout = await collect_step(session, step)
+    batch = to_batch(rollout, max_response_tokens=session.config.max_response_tokens)
+    rows = session.pretraining_rows(step)
     with clock.phase("train", step):
-        update = await session.thread.run(session.trainer.update, to_batch(rollout))
+        update = await session.thread.run(session.trainer.update, batch, rows)
         check_update(update, step, limit=session.config.ppo.mismatch_limit)
     with clock.phase("checkpoint", step):
         await session.thread.run(session.trainer.save_checkpoint, session.files.checkpoint(step + 1))
@@ -70,14 +73,17 @@ async def collect_step(session: Session, step: int) -> Rollout:
     return await session.collector.collect(prompts, seeds, session.plan(config.responses_per_prompt))
 
 
-def to_batch(rollout: Rollout) -> RolloutBatch:
-    """Return the samples as the trainer takes them, in the order of the prompts."""
+def to_batch(rollout: Rollout, *, max_response_tokens: int) -> RolloutBatch:
+    """Return the samples as the trainer takes them, in the order of the prompts; one group per prompt."""
     samples = rollout.samples
     return RolloutBatch(
         samples=[Sample(sample.prompt.token_ids, sample.completion.token_ids) for sample in samples],
         logprobs=[sample.completion.logprobs for sample in samples],
         ref_logprobs=[sample.ref_logprobs for sample in samples],
         scores=[sample.score for sample in samples],
+        groups=[sample.group for sample in samples],
+        stopped=[sample.completion.finish_reason == "stop" for sample in samples],
+        max_response_tokens=max_response_tokens,
     )
 
 

@@ -25,8 +25,9 @@ STALENESS_BUCKETS = (0, 1, 2, 3, 5, 8, 16)
 GAUGES = {
     "tether_reward_mean": ("score_mean", "Mean score of the last step."),
     "tether_reward_std": ("score_std", "Standard deviation of the scores of the last step."),
+    "tether_kl_coef": ("kl_coef", "Weight of the KL."),
     "tether_entropy_nats": ("entropy", "Policy entropy per token."),
-    "tether_ppo_clip_ratio": ("clip_fraction", "Share of tokens whose ratio left the clip range."),
+    "tether_ppo_clip_ratio": ("clip_fraction", "Share of tokens whose clipped side counts."),
     "tether_value_explained_variance": ("explained_variance", "Of the returns by the values."),
     "tether_advantage_std": ("advantage_std", "Before whitening."),
     "tether_truncated_ratio": ("truncated_ratio", "Share of responses that reached the length limit."),
@@ -123,7 +124,8 @@ class OrchestratorMetrics:
                 self._gauges[name].set(figures[figure])
         for name, (_, by_value, _) in LABELLED_GAUGES.items():
             for value, figure in by_value.items():
-                self._labelled[name].labels(value).set(figures[figure])
+                if figure in figures:
+                    self._labelled[name].labels(value).set(figures[figure])
         for score in record.distributions.get("score", ()):
             self._rewards.observe(score)
         for length in record.distributions.get("response_length", ()):

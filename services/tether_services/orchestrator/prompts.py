@@ -9,12 +9,14 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tether.errors import FieldViolation, InvalidArgumentError
 from tether_services.orchestrator.config import RunConfig
 
 __all__ = ["Prompt", "PromptSet", "derive_seed", "encode_prompts", "read_prompts", "split_prompts", "step_prompts"]
 
+ItemT = TypeVar("ItemT")
 MAX_FILE_BYTES = 256 * 1024 * 1024
 """Prompt files are read whole."""
 
@@ -151,10 +153,10 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def step_prompts(prompts: Sequence[Prompt], *, step: int, count: int, seed: int) -> list[Prompt]:
+def step_prompts(prompts: Sequence[ItemT], *, step: int, count: int, seed: int, stream: str = "prompts") -> list[ItemT]:
     """Return the prompts of a step: consecutive ones of an endless sequence of shuffled passes over all prompts.
 
-    A pure function of its arguments, so a resumed run goes on where it stopped.
+    A pure function of its arguments, so a resumed run goes on where it stopped; another `stream` has other orders.
     """
     orders: dict[int, list[int]] = {}
     chosen = []
@@ -162,6 +164,6 @@ def step_prompts(prompts: Sequence[Prompt], *, step: int, count: int, seed: int)
         epoch, offset = divmod(position, len(prompts))
         if epoch not in orders:
             orders[epoch] = list(range(len(prompts)))
-            random.Random(derive_seed(seed, "prompts", epoch)).shuffle(orders[epoch])
+            random.Random(derive_seed(seed, stream, epoch)).shuffle(orders[epoch])
         chosen.append(prompts[orders[epoch][offset]])
     return chosen

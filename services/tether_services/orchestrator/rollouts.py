@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from tether.errors import FailedPreconditionError, InternalError
@@ -56,6 +56,8 @@ class ScoredSample:
     completion: Completion
     ref_logprobs: tuple[float, ...]
     score: float
+    group: int = 0
+    """Number of the prompt in its rollout; a prompt that occurs twice has two."""
 
 
 @dataclass(slots=True)
@@ -190,7 +192,7 @@ class RolloutCollector:
         except BaseExceptionGroup as errors:
             # The first one tells why; the others failed the same way or were cancelled.
             raise errors.exceptions[0] from errors
-        rollout.samples = [sample for task in tasks for sample in task.result()]
+        rollout.samples = [replace(s, group=number) for number, task in enumerate(tasks) for s in task.result()]
         rollout.check()
         return rollout
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tether.errors import FieldViolation, InvalidArgumentError, TetherError
 from tether_services.orchestrator.config import RunConfig
-from tether_services.orchestrator.prompt_sources import is_dataset, load_prompt_lists
+from tether_services.orchestrator.presets import lay_over, read_preset
+from tether_services.orchestrator.prompt_sources import is_dataset, load_prompt_lists, load_prompts
 from tether_services.orchestrator.prompts import split_prompts
+from tether_services.orchestrator.run_rules import find_contradictions, find_idle
 from tether_services.runtime.model_folder import is_hub_name
 from tether_services.runtime.settings import validate
 
-__all__ = ["MAX_CONFIG_BYTES", "check_run_config", "parse_run_config"]
+__all__ = ["MAX_CONFIG_BYTES", "check_run_config", "check_run_settings", "lay_over_defaults", "parse_run_config"]
 
 MAX_CONFIG_BYTES = 256 * 1024
 
 
 def parse_run_config(text: str) -> RunConfig:
-    """Return the validated configuration of a TOML document.
+    """Return the validated configuration of a TOML document, laid over the preset that it names.
 
     Raises:
         InvalidArgumentError: It is too long, not TOML, or has invalid keys, each named with its path.
@@ -32,11 +36,40 @@ def parse_run_config(text: str) -> RunConfig:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # the last for thousands of nested brackets
         raise InvalidArgumentError(f"The configuration is not valid TOML: {error}", field="config_toml") from None
-    return validate(RunConfig, values)
+    return validate(RunConfig, lay_over_defaults(values, read_preset(values.get("preset"))))
+
+
+def lay_over_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run over weaker ones, of which those are left out that have no effect with them.
+
+    What the run sets itself stays: `check_run_config` refuses it if it has no effect.
+
+    Example: values with `ppo.advantage = "grpo"` over defaults with `ppo.lam = 1.0` are without `ppo.lam`.
+
+    Args:
+        values: What somebody has chosen for this run.
+        defaults: What a preset or a packaged configuration says.
+
+    Raises:
+        InvalidArgumentError: Together they have invalid keys, each named with its path.
+    """
+    merged = lay_over(defaults, values)
+    for violation in find_idle(validate(RunConfig, merged)):
+        _drop_default(merged, values, violation.field.split("."))
+    return merged
+
+
+def _drop_default(merged: dict[str, Any], values: Mapping[str, Any], path: list[str]) -> None:
+    """Remove the setting at a path, in place, unless the values have it."""
+    *tables, name = path
+    for table in tables:
+        merged, values = merged[table], values.get(table, {})
+    if name not in values:
+        del merged[name]
 
 
 def check_run_config(config: RunConfig) -> None:
-    """Refuse a configuration whose files are missing or do not fit, or whose numbers contradict each other.
+    """Refuse a configuration whose files are missing or do not fit, or whose settings are idle or contradictory.
 
     Raises:
         InvalidArgumentError: One violation per bad field.
@@ -45,8 +78,23 @@ def check_run_config(config: RunConfig) -> None:
         *_check_model(config.model),
         *_check_reward_model(config.reward_model),
         *_check_prompts(config),
-        *_check_minibatches(config),
+        *_check_pretraining_text(config.ppo.ptx_text),
+        *find_idle(config),
+        *find_contradictions(config),
     ]
+    _refuse(violations)
+
+
+def check_run_settings(config: RunConfig) -> None:
+    """Refuse a configuration whose settings are idle or contradictory, wherever its files are.
+
+    Raises:
+        InvalidArgumentError: One violation per bad field.
+    """
+    _refuse([*find_idle(config), *find_contradictions(config)])
+
+
+def _refuse(violations: Sequence[FieldViolation]) -> None:
     if violations:
         message = f"The configuration has {len(violations)} invalid key(s)."
         raise InvalidArgumentError(message, reason="INVALID_CONFIG", violations=tuple(violations))
@@ -95,8 +143,11 @@ def _check_prompts(config: RunConfig) -> list[FieldViolation]:
     return []
 
 
-def _check_minibatches(config: RunConfig) -> list[FieldViolation]:
-    num_samples = config.prompts_per_step * config.responses_per_prompt
-    if config.ppo.minibatches <= num_samples:
+def _check_pretraining_text(source: str) -> list[FieldViolation]:
+    if not source or is_dataset(source):
         return []
-    return [FieldViolation("ppo.minibatches", f"{num_samples} samples a step cannot make {config.ppo.minibatches}")]
+    try:
+        load_prompts(source, field="ppo.ptx_text")
+    except TetherError as error:
+        return list(error.violations)
+    return []

@@ -33,6 +33,12 @@ class RunFiles:
         shutil.rmtree(self.adapter(policy_version), ignore_errors=True)
         return self.adapter(policy_version)
 
+    def new_average_directory(self) -> Path:
+        """Return the folder of the averaged adapter; an older one is removed."""
+        directory = self.directory / "adapters" / "average"
+        shutil.rmtree(directory, ignore_errors=True)
+        return directory
+
     def drop_uncommitted(self, committed: int) -> None:
         """Remove checkpoints and adapters of steps that were never committed."""
         self._remove(lambda version: version > committed)

@@ -17,7 +17,8 @@ from tether.reference import ReferenceState
 from tether.reward import RewardModel, ScoreItem
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig, TrainerConfig
 from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.prompt_sources import load_prompt_lists
+from tether_services.orchestrator.pretraining import PretrainingText
+from tether_services.orchestrator.prompt_sources import load_prompt_lists, load_prompts
 from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts
 from tether_services.orchestrator.publishing import LocalAdapter, PolicyPublisher
 from tether_services.orchestrator.records import Attempt
@@ -55,6 +56,15 @@ class Session:
     probes: tuple[Sample, ...]
     """Fixed token sequences that prove each pushed adapter."""
     identities: Identities
+    pretraining: PretrainingText | None
+    """Of PPO-ptx; None without it."""
+
+    def pretraining_rows(self, step: int) -> list[list[int]]:
+        """Return the pretraining text of a step, for all of its optimiser steps; empty without PPO-ptx."""
+        if self.pretraining is None:
+            return []
+        ppo = self.config.ppo
+        return self.pretraining.rows(step=step, count=ppo.ptx_rows * ppo.epochs * ppo.minibatches)
 
     def plan(self, n: int) -> RolloutPlan:
         """Return how to sample and score n completions a prompt."""
@@ -65,6 +75,13 @@ class Session:
             max_tokens=self.config.max_response_tokens,
             score_model=self.config.score_model,
         )
+
+    async def export_average(self) -> None:
+        """Write the moving average of the policy adapter to the run's folder, if one is kept."""
+        if self.config.trainer.ema_decay is None:
+            return
+        directory, version = self.files.new_average_directory(), self.config.total_steps
+        await self.thread.run(self.trainer.export_average, directory, policy_version=version)
 
     async def export_adapter(self, policy_version: int) -> LocalAdapter:
         """Return the policy as it is now, written to disk with its proofs."""
@@ -111,11 +128,25 @@ async def open_session(
                 prompts,
                 choose_probes(prompts.training),
                 identities,
+                await asyncio.to_thread(open_pretraining, config, codec),
             )
             await publisher.take_over(await restore_policy(session))
             yield session
     finally:
         thread.close()
+
+
+def open_pretraining(config: RunConfig, codec: HfCodec) -> PretrainingText | None:
+    """Return the pretraining text of the run; None without PPO-ptx.
+
+    Raises:
+        InvalidArgumentError: The text cannot be read.
+    """
+    if not config.ppo.ptx_coef:
+        return None
+    documents = load_prompts(config.ppo.ptx_text, field="ppo.ptx_text")
+    length = config.max_prompt_tokens + config.max_response_tokens
+    return PretrainingText(documents, codec.encode_document, max(2, length), config.seed)
 
 
 async def restore_policy(session: Session) -> LocalAdapter | None:

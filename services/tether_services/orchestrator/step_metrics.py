@@ -26,14 +26,22 @@ STEP_METRICS: dict[str, str] = {
     "kl_k3_per_token": "the same by k3; never negative",
     "kl_per_sequence": "KL to the reference by k1, nats, summed over a response, mean over samples",
     "entropy": "of the policy, nats, mean over tokens",
-    "policy_loss": "clipped surrogate, mean over optimiser steps",
-    "value_loss": "clipped squared error, mean over optimiser steps",
+    "kl_coef": "weight of the KL in this step",
+    "policy_loss": "clipped surrogate, mean over optimiser steps; absent while only the critic learns",
+    "kl_loss": "KL to the reference as a loss, unweighted; only with kl_in = loss",
+    "entropy_bonus": "mean entropy during the update, nats; only with entropy_coef",
+    "ptx_loss": "language-model loss on the pretraining text, nats per token; only with ptx_coef",
+    "value_loss": "clipped squared error, mean over optimiser steps; only with a critic, as all of its figures",
     "policy_grad_norm": "before clipping, mean over optimiser steps",
+    "ppo_grad_norm": "the same of all but the pretraining text; only with ptx_coef",
+    "ptx_grad_norm": "the same of the weighted loss on the pretraining text; only with ptx_coef",
     "critic_grad_norm": "before clipping, mean over optimiser steps",
     "policy_learning_rate": "of the last optimiser step",
     "critic_learning_rate": "of the last optimiser step",
     "approx_kl": "between the policy before and during the update, nats per token",
-    "clip_fraction": "share of tokens whose ratio left the clip range",
+    "clip_fraction": "share of tokens whose clipped side counts",
+    "dual_clip_fraction": "share of tokens at the bound of the dual clip",
+    "value_clip_fraction": "share of values whose clipped side counts",
     "ratio_max": "largest policy ratio",
     "first_ratio_deviation": "largest |ratio - 1| before the first optimiser step; 0 if the trainer agrees with itself",
     "explained_variance": "of the returns by the values; absent where all returns are equal",
@@ -43,6 +51,7 @@ STEP_METRICS: dict[str, str] = {
     "mean_abs_dlogp": "mean |trainer - generator log-probability|, nats; the canary of a wrong or stale policy",
     "mult_prob_error": "mean exp |trainer - generator log-probability|; 1 is perfect",
     "gen_kl": "KL of the generator to the trainer by k3, nats per token",
+    "outlier_ratio": "share of samples with a token on which trainer and generator differ 100-fold or more",
     "num_optimizer_steps": "optimiser steps of the update",
     "adapter_bytes": "size of the pushed adapter",
     "probe_mean_abs_dlogp": "trainer against generator on the probe tokens of the pushed adapter, nats",
@@ -64,6 +73,11 @@ STEP_METRICS: dict[str, str] = {
 """Name and meaning of each figure."""
 
 OPTIONAL_METRICS = frozenset(
-    {"explained_variance", "torch_allocated_bytes", "torch_reserved_bytes", "torch_peak_allocated_bytes"}
+    {
+        *("policy_loss", "policy_grad_norm", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_max"),
+        *("first_ratio_deviation", "kl_loss", "entropy_bonus", "ptx_loss", "ppo_grad_norm", "ptx_grad_norm"),
+        *("value_loss", "critic_grad_norm", "critic_learning_rate", "value_clip_fraction", "value_mean"),
+        *("explained_variance", "torch_allocated_bytes", "torch_reserved_bytes", "torch_peak_allocated_bytes"),
+    }
 )
 """Those that a step may lack."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tether_services.ppo.statistics import at_least_float32, entropy
+from tether_services.ppo.losses import entropy
+from tether_services.ppo.statistics import at_least_float32
 
 __all__ = ["token_logprobs", "token_logprobs_and_entropies"]
 
@@ -34,29 +35,26 @@ def token_logprobs(hidden: Tensor, token_ids: Tensor, *, head: Head, vocab_size:
 
     Source: D1, D2.
     """
-    parts = []
-    for states, targets in _chunks(hidden, token_ids, vocab_size):
-        if torch.is_grad_enabled():
-            part = checkpoint(
-                _logprobs, head, states, targets, temperature, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = _logprobs(head, states, targets, temperature)
-        parts.append(part)
-    return torch.cat(parts)
+    chunks = _chunks(hidden, token_ids, vocab_size)
+    return torch.cat([_run(_logprobs, head, states, targets, temperature) for states, targets in chunks])
 
 
-@torch.no_grad()
 def token_logprobs_and_entropies(
     hidden: Tensor, token_ids: Tensor, *, head: Head, vocab_size: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return [n] log-probabilities as `token_logprobs` and the [n] entropies in nats of the same distributions."""
-    logprobs, entropies = [], []
-    for states, targets in _chunks(hidden, token_ids, vocab_size):
-        logits = _scaled_logits(head, states, temperature)
-        logprobs.append(_pick(logits, targets))
-        entropies.append(entropy(logits))
-    return torch.cat(logprobs), torch.cat(entropies)
+    chunks = _chunks(hidden, token_ids, vocab_size)
+    pairs = [_run(_logprobs_and_entropies, head, states, targets, temperature) for states, targets in chunks]
+    logprobs, entropies = torch.cat(pairs, dim=1)
+    return logprobs, entropies
+
+
+def _run(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Return the result of a chunk; where gradients are needed, without keeping what was computed on the way."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _chunks(hidden: Tensor, token_ids: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -76,3 +74,9 @@ def _pick(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _logprobs(head: Head, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return _pick(_scaled_logits(head, states, temperature), targets)
+
+
+def _logprobs_and_entropies(head: Head, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return [2, n]."""
+    logits = _scaled_logits(head, states, temperature)
+    return torch.stack((_pick(logits, targets), entropy(logits)))

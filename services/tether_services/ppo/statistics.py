@@ -1,4 +1,4 @@
-"""Masks, masked moments and the monitoring figures of a PPO step."""
+"""Masks and masked moments, and how well a critic explains its returns."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from torch import Tensor
 
 __all__ = [
     "at_least_float32",
-    "entropy",
     "explained_variance",
+    "last_kept",
     "masked_mean",
     "masked_var",
-    "mismatch",
+    "masked_whiten",
     "response_mask",
-    "whiten",
 ]
 
 _VARIANCE_FLOOR = 1e-8
@@ -34,65 +33,73 @@ def response_mask(lengths: Tensor, *, width: int) -> Tensor:
 
     Raises:
         ValueError: A length is below 1 or above `width`; an empty response has no token that could carry its score.
+
+    Source: D6.
     """
     if bool((lengths < 1).any()) or bool((lengths > width).any()):
         raise ValueError(f"every length must be in [1, {width}], got {lengths.tolist()}")
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the entries under the mask as a flat tensor, at least float32."""
-    kept = at_least_float32(x if mask is None else x[mask]).flatten()
-    if kept.numel() == 0:
-        raise ValueError("the mask keeps no entry; a mean over nothing is undefined")
-    return kept
-
-
-def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the scalar mean of `x` over the mask.
+def last_kept(mask: Tensor) -> Tensor:
+    """Return the [B] column of the last kept entry of each row of a [B, T] mask.
 
     Raises:
-        ValueError: The mask keeps nothing.
+        ValueError: A row keeps nothing.
     """
-    return _kept(x, mask).mean()
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), columns, -1).max(dim=1).values
+    if bool((last < 0).any()):
+        raise ValueError("every row needs at least one response token to carry its score")
+    return last
+
+
+def masked_mean(x: Tensor, mask: Tensor | None = None, *, dim: int | None = None) -> Tensor:
+    """Return the mean of `x` over the mask: of all its entries, or along `dim`.
+
+    Raises:
+        ValueError: The mask keeps nothing, in all or in a row along `dim`.
+    """
+    kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool().expand_as(x)
+    count = kept.sum() if dim is None else kept.sum(dim=dim)
+    if bool((count == 0).any()):
+        raise ValueError("the mask keeps no entry; a mean over nothing is undefined")
+    masked = torch.where(kept, at_least_float32(x), 0.0)
+    return (masked.sum() if dim is None else masked.sum(dim=dim)) / count
 
 
 def masked_var(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
-    """Return the scalar variance of `x` over the mask, divided by n (or by n - 1 when `unbiased`).
+    """Return the scalar variance of `x` over the mask, divided by n, or by n - 1 when `unbiased`.
 
     Raises:
         ValueError: The mask keeps nothing, or `unbiased` is asked of a single entry.
     """
-    kept = _kept(x, mask)
-    if unbiased and kept.numel() == 1:
+    count = x.numel() if mask is None else int(mask.expand_as(x).sum())
+    if unbiased and count == 1:
         raise ValueError("the unbiased variance of one entry is undefined; use unbiased=False")
-    return kept.var(unbiased=unbiased)
+    variance = masked_mean((at_least_float32(x) - masked_mean(x, mask)) ** 2, mask)
+    return variance * count / (count - 1) if unbiased else variance
 
 
-def whiten(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
-    """Return `x` shifted to mean 0 and scaled to variance 1 over the mask, and 0 outside it.
+def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
+    """Return `x` scaled to variance 1 over the mask and shifted to mean 0, and 0 outside the mask.
 
-    (x - mean) * rsqrt(var + 1e-8). The statistics are those of all entries passed in: pass the whole rollout batch,
-    never a micro-batch. Tether uses the biased variance; the unbiased one exists for comparison with other projects.
-
-    Source: D19; openai/lm-human-preferences `whiten`.
-    """
-    values = at_least_float32(x)
-    mean, var = masked_mean(values, mask), masked_var(values, mask, unbiased=unbiased)
-    whitened = (values - mean) * torch.rsqrt(var + _VARIANCE_FLOOR)
-    return whitened if mask is None else torch.where(mask, whitened, 0.0)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return the entropy in nats of softmax(logits) over the last dimension.
+    (x - mean) * rsqrt(var + 1e-8), plus the mean again where `shift_mean` is false. The statistics are those of all
+    entries passed in: pass the whole rollout batch, never a micro-batch.
 
     Args:
-        logits: [..., V], already divided by the temperature.
+        x: Any shape.
+        mask: Same shape; None keeps every entry.
+        shift_mean: False puts the mean back, as rewards are whitened (D15).
+        unbiased: Divide the variance by n - 1. Tether does not (D19); some projects do.
+
+    Source: D15, D19; openai/lm-human-preferences `whiten`.
     """
-    log_probabilities = torch.log_softmax(at_least_float32(logits), dim=-1)
-    # xlogy-like guard: a probability of 0 contributes 0, although its logarithm is -inf.
-    terms = torch.where(log_probabilities.isneginf(), 0.0, log_probabilities.exp() * log_probabilities)
-    return -terms.sum(dim=-1)
+    values, mean = at_least_float32(x), masked_mean(x, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(x, mask, unbiased=unbiased) + _VARIANCE_FLOOR)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened if mask is None else torch.where(mask.bool(), whitened, 0.0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> float:
@@ -105,24 +112,3 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor | None = No
     residual = masked_var(at_least_float32(returns) - at_least_float32(values), mask)
     total = masked_var(returns, mask)
     return float("nan") if float(total) == 0.0 else float(1.0 - residual / total)
-
-
-def mismatch(old_logprobs: Tensor, logprobs: Tensor, mask: Tensor | None = None) -> dict[str, float]:
-    """Return how far the generator's distribution is from the trainer's, over response tokens.
-
-    With delta = old - mu: `mean_abs_dlogp` mean |delta|, `mult_prob_error` mean exp(|delta|), `gen_kl` the k3 estimate
-    of KL(generator || trainer), mean(exp(delta) - 1 - delta), all but the second in nats.
-
-    Args:
-        old_logprobs: Recomputed by the trainer before the first update.
-        logprobs: mu, as the generator returned them.
-        mask: True on response tokens.
-
-    Source: section 8 of the PPO reference; NVIDIA-NeMo/RL for the second.
-    """
-    delta = _kept(at_least_float32(old_logprobs) - at_least_float32(logprobs), mask)
-    return {
-        "mean_abs_dlogp": float(delta.abs().mean()),
-        "mult_prob_error": float(delta.abs().exp().mean()),
-        "gen_kl": float((delta.exp() - 1.0 - delta).mean()),
-    }

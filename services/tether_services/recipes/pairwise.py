@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from tether_services.ppo.losses import ranking_loss
 
 
 def ranked_group_loss(scores: Tensor, levels: Tensor) -> tuple[Tensor, int]:
     """Return the K-wise Bradley-Terry loss of ranked groups, and how many groups were counted.
 
-    Of one group: the mean of -log sigmoid(s_i - s_j) over all pairs with level_i > level_j; then the mean over groups.
-    Ties give no pair; a group of only ties is skipped. Computed in float32 at least. Scores (2, 1, 0) in ranked order
-    give 0.2511505.
+    The mean over groups of `tether_services.ppo.losses.ranking_loss`; a group of only ties is skipped.
 
     Args:
         scores: [G, K] scores of K answers in each of G groups.
@@ -23,14 +22,9 @@ def ranked_group_loss(scores: Tensor, levels: Tensor) -> tuple[Tensor, int]:
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, equation 1.
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    preferred = levels.unsqueeze(2) > levels.unsqueeze(1)  # [G, K, K], true where row i is better than column j
-    differences = scores.unsqueeze(2) - scores.unsqueeze(1)
-    pair_losses = -functional.logsigmoid(differences) * preferred
-    pair_counts = preferred.sum(dim=(1, 2))
-    group_losses = pair_losses.sum(dim=(1, 2)) / pair_counts.clamp(min=1)
-    counted = int((pair_counts > 0).sum())
-    return group_losses.sum() / max(counted, 1), counted
+    tied = (levels == levels[:, :1]).all(dim=1)
+    losses = [ranking_loss(group, -ranks) for group, ranks in zip(scores[~tied], levels[~tied], strict=True)]
+    return (torch.stack(losses).mean() if losses else scores.sum() * 0.0), len(losses)
 
 
 def pair_accuracy(scores: Tensor, levels: Tensor) -> float:

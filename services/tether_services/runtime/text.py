@@ -95,6 +95,12 @@ class HfCodec:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
         return [int(token) for token in ids]
 
+    def encode_document(self, text: str) -> list[int]:
+        """Return the ids of a whole document: with its beginning-of-text token and, if there is one, its end token."""
+        end = self._tokenizer.eos_token_id
+        ids = self.encode(text, add_special_tokens=True)
+        return ids if end is None or ids[-1:] == [end] else [*ids, int(end)]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text without special tokens."""
         with self._lock:

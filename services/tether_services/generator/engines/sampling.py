@@ -73,7 +73,8 @@ def sample_tokens(logits: Tensor, rows: SamplingRows, uniforms: Tensor) -> tuple
 def filter_logits(logits: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:
     """Return logits with everything outside top_k, then outside the nucleus of what is left, at minus infinity.
 
-    The nucleus is the smallest set of most likely tokens whose mass is at least top_p; it always has one token.
+    Tokens as likely as the top_k-th all stay, as in vLLM. The nucleus is the smallest set of most likely tokens whose
+    mass is at least top_p; it always has one token.
 
     Args:
         logits: [B, V] float32.
@@ -82,7 +83,7 @@ def filter_logits(logits: Tensor, *, top_p: Tensor, top_k: Tensor) -> Tensor:
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)[None, :]
-    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    ordered = ordered.masked_fill(ordered < ordered.gather(-1, top_k[:, None] - 1), -torch.inf)
     mass = torch.softmax(ordered.double(), dim=-1)
     mass_before = mass.cumsum(dim=-1) - mass
     outside = (mass_before >= top_p[:, None].double()) & (top_p < 1)[:, None]

@@ -2,7 +2,7 @@
 
 from tether_services.orchestrator.trainer.batch import RolloutBatch, Sample
 from tether_services.orchestrator.trainer.export import AdapterFile, AdapterFiles
+from tether_services.orchestrator.trainer.report import UpdateReport
 from tether_services.orchestrator.trainer.trainer import Trainer
-from tether_services.orchestrator.trainer.update import UpdateReport
 
 __all__ = ["AdapterFile", "AdapterFiles", "RolloutBatch", "Sample", "Trainer", "UpdateReport"]

@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from tether.errors import InvalidArgumentError
+from tether_services.ppo.rewards import Placement
+from tether_services.ppo.statistics import response_mask
 from tether_services.runtime.padding import padded_batches
 
-__all__ = ["MicroBatch", "RolloutBatch", "Sample", "build_micro_batches", "check_samples", "response_lengths"]
+__all__ = [
+    "MicroBatch",
+    "RolloutBatch",
+    "Sample",
+    "build_micro_batches",
+    "check_samples",
+    "response_lengths",
+    "value_samples",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +56,19 @@ class RolloutBatch:
     """The same of the reference."""
     scores: Sequence[float]
     """Per sample, from the reward service."""
+    groups: Sequence[int] = ()
+    """Per sample, equal for responses to the same prompt; empty: each sample is a group of its own."""
+    stopped: Sequence[bool] = ()
+    """Per sample, False where the response was cut at the limit; empty: none was."""
+    max_response_tokens: int = 0
+    """The limit; 0: the longest response."""
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "ref_logprobs", "scores"):
             _check_count(f"batch.{name}", len(getattr(self, name)), len(self.samples))
+        for name in ("groups", "stopped"):
+            if getattr(self, name):
+                _check_count(f"batch.{name}", len(getattr(self, name)), len(self.samples))
         for i, sample in enumerate(self.samples):
             for name in ("logprobs", "ref_logprobs"):
                 row: Sequence[float] = getattr(self, name)[i]
@@ -57,13 +76,26 @@ class RolloutBatch:
                 _check_finite(f"batch.{name}[{i}]", row)
         _check_finite("batch.scores", self.scores)
 
+    @property
+    def response_limit(self) -> int:
+        """Most tokens that a response of this batch could have had."""
+        return max(self.max_response_tokens, *response_lengths(self.samples))
+
+    def group_ids(self) -> list[int]:
+        """Return the group of each sample."""
+        return list(self.groups) or list(range(len(self.samples)))
+
+    def has_eos(self) -> list[bool]:
+        """Return per sample whether the response ended by itself."""
+        return list(self.stopped) or [True] * len(self.samples)
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Some samples as the model reads them.
 
     Example: the first two samples of a rollout, ([1, 5], [7, 2]) and ([3], [9]), become token_ids
-    [[3, 0, 0], [1, 5, 7]], states [0, 4, 5], targets [9, 7, 2] and tokens [2, 0, 1].
+    [[3, 0, 0], [1, 5, 7]], states [0, 4, 5], targets [9, 7, 2], tokens [2, 0, 1] and mask [[1, 0], [1, 1]].
     """
 
     token_ids: Tensor
@@ -74,6 +106,13 @@ class MicroBatch:
     """[n] the response tokens they emit."""
     tokens: Tensor
     """[n] positions of those tokens among the N of the rollout."""
+    mask: Tensor
+    """[b, t] True on response tokens, in response coordinates: row by row its n entries are those above."""
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """Return [n] figures of the response tokens as [b, t], 0 outside the mask."""
+        mask = self.mask.to(flat.device)
+        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def _check_count(field: str, got: int, expected: int) -> None:
@@ -117,6 +156,23 @@ def response_lengths(samples: Sequence[Sample]) -> list[int]:
     return [len(sample.response_token_ids) for sample in samples]
 
 
+def value_samples(batch: RolloutBatch, placement: Placement) -> Sequence[Sample]:
+    """Return the samples as the critic reads them, one value for each of their response tokens.
+
+    With `n_plus` a response below the limit has one more value, of the state after its last token. It is read as the
+    state before one more token, whose id is never looked at.
+
+    Source: D6, D9.
+    """
+    if placement == "last":
+        return batch.samples
+    limit = batch.response_limit
+    return [
+        s if len(s.response_token_ids) >= limit else Sample(s.prompt_token_ids, [*s.response_token_ids, 0])
+        for s in batch.samples
+    ]
+
+
 def build_micro_batches(samples: Sequence[Sample], rows: Iterable[int], *, max_tokens: int) -> list[MicroBatch]:
     """Return the samples `rows` as micro-batches of similar lengths, each of at most `max_tokens` padded tokens.
 
@@ -141,4 +197,6 @@ def _locate(token_ids: Tensor, samples: Sequence[Sample], starts: Sequence[int])
         states += range(first, first + len(sample.response_token_ids))
         tokens += range(start, start + len(sample.response_token_ids))
     targets = [t for sample in samples for t in sample.response_token_ids]
-    return MicroBatch(token_ids, torch.tensor(states), torch.tensor(targets), torch.tensor(tokens))
+    lengths = torch.tensor(response_lengths(samples))
+    mask = response_mask(lengths, width=int(lengths.max()))
+    return MicroBatch(token_ids, torch.tensor(states), torch.tensor(targets), torch.tensor(tokens), mask)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.trainer.critic_start import LoraShape
@@ -46,7 +47,7 @@ class AdapterFiles:
 
 def export_adapter(
     directory: Path,
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     shape: LoraShape,
     *,
     policy_version: int,

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.orchestrator.config import TrainerConfig
 from tether_services.orchestrator.trainer.critic_start import CriticStart, LoraShape
+from tether_services.ppo.statistics import at_least_float32
 
 __all__ = ["AdapterName", "SharedModel", "check_no_dropout", "load_base"]
 
@@ -62,8 +63,16 @@ def check_no_dropout(model: nn.Module) -> None:
 class SharedModel:
     """A frozen base with a policy adapter, a critic adapter and a value head."""
 
-    def __init__(self, base: Any, config: TrainerConfig, *, device: str, critic_start: CriticStart | None) -> None:
-        """Attach adapters to `base`, which is changed in place.
+    def __init__(
+        self,
+        base: Any,
+        config: TrainerConfig,
+        *,
+        device: str,
+        has_critic: bool = True,
+        critic_start: CriticStart | None = None,
+    ) -> None:
+        """Attach adapters to `base`, which is changed in place; that of the critic only if there is one.
 
         The policy adapter starts as the identity (B = 0). So does the critic adapter unless `critic_start` is given.
 
@@ -72,7 +81,9 @@ class SharedModel:
             FailedPreconditionError: The base has dropout, or changes its logits after the output layer.
         """
         policy = LoraShape(config.lora_rank, config.lora_alpha, tuple(sorted(config.lora_target_modules)))
-        self.shapes = {"policy": policy, "critic": critic_start.shape if critic_start else policy}
+        self.shapes = {"policy": policy}
+        if has_critic:
+            self.shapes["critic"] = critic_start.shape if critic_start else policy
         self.vocab_size: int = base.config.vocab_size
         self.max_length: int = base.config.max_position_embeddings
         self.device = device
@@ -112,8 +123,8 @@ class SharedModel:
         return logits
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Return the [n] values of hidden states [n, h], computed in float32."""
-        values: Tensor = self.value_head(hidden.float())
+        """Return the [n] values of hidden states [n, h], computed in float32 or wider."""
+        values: Tensor = self.value_head(at_least_float32(hidden))
         return values.squeeze(-1)
 
     def adapter_parameters(self, adapter: AdapterName) -> dict[str, nn.Parameter]:
@@ -164,7 +175,8 @@ def _attach(base: Any, shapes: dict[str, LoraShape]) -> Any:
             message = f"the base's blocks have no linear layers named {', '.join(missing)} for the {name} adapter"
             raise InvalidArgumentError(message, field="trainer.lora_target_modules")
     model = get_peft_model(base, _lora_config(shapes["policy"]), adapter_name="policy")
-    model.add_adapter("critic", _lora_config(shapes["critic"]))
+    if "critic" in shapes:
+        model.add_adapter("critic", _lora_config(shapes["critic"]))
     return model.eval()
 
 

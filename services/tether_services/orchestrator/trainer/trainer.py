@@ -7,6 +7,7 @@ adapter = trainer.export_adapter(Path("adapters/1"), policy_version=1)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.orchestrator.config import PpoConfig, TrainerConfig
+from tether_services.orchestrator.trainer.average import AdapterAverage
 from tether_services.orchestrator.trainer.batch import (
     MicroBatch,
     RolloutBatch,
@@ -27,18 +29,21 @@ from tether_services.orchestrator.trainer.batch import (
 )
 from tether_services.orchestrator.trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from tether_services.orchestrator.trainer.critic_start import read_critic_start
-from tether_services.orchestrator.trainer.experience import prepare_experience
+from tether_services.orchestrator.trainer.experience import Experience, Layout, prepare_experience
 from tether_services.orchestrator.trainer.export import AdapterFiles, export_adapter
 from tether_services.orchestrator.trainer.forward import gather_flat, response_logprobs, response_values
 from tether_services.orchestrator.trainer.model import SharedModel, copy_tensors, load_base
 from tether_services.orchestrator.trainer.optimiser import AdapterOptimiser
-from tether_services.orchestrator.trainer.update import Learner, Minibatch, UpdateReport, summarise
+from tether_services.orchestrator.trainer.plan import loss_denominator, plan_epoch, plan_pretraining
+from tether_services.orchestrator.trainer.report import UpdateReport, summarise
+from tether_services.orchestrator.trainer.update import Figures, Learner, PolicyStep
+from tether_services.ppo.kl import AdaptiveKl, FixedKl, KlController
+from tether_services.ppo.rewards import Normaliser
+from tether_services.ppo.schedules import learning_rate_factor
 from tether_services.runtime.content_hash import hash_model_folder
 from tether_services.runtime.model_folder import pick_device
 
 __all__ = ["Trainer"]
-
-_TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 
 
 class Trainer:
@@ -59,7 +64,7 @@ class Trainer:
             base_model: Folder with config.json and safetensors weights.
             config: Adapters, optimisers and memory.
             ppo: The algorithm.
-            total_steps: Updates of the whole run, at least 1; the length of the linear schedule.
+            total_steps: Updates of the whole run, at least 1; the length of the schedule.
             reward_model: Folder of a reward model (LoRA adapter and score head over the same base) that the critic
                 starts from; without it the critic starts from the base and a random head.
 
@@ -75,15 +80,17 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             base = load_base(base_model, dtype=config.dtype)
-            self._model = SharedModel(base, config, device=pick_device(config.device), critic_start=start)
-        self._config, self._ppo = config, ppo
+            device = pick_device(config.device)
+            self._model = SharedModel(base, config, device=device, has_critic=ppo.has_critic, critic_start=start)
+        self._config, self._ppo, self._total_steps = config, ppo, total_steps
         self._generator = torch.Generator().manual_seed(config.seed)
-        self._learner = Learner(
-            self._model,
-            policy=self._new_optimiser("policy", config.learning_rate, total_steps),
-            critic=self._new_optimiser("critic", config.critic_learning_rate or config.learning_rate, total_steps),
-            config=ppo,
-        )
+        self._trained: tuple[Literal["policy", "critic"], ...] = ("policy", "critic") if ppo.has_critic else ("policy",)
+        self._optimisers = {name: self._new_optimiser(name) for name in self._trained}
+        self._learner = Learner(self._model, self._optimisers["policy"], self._optimisers.get("critic"), ppo)
+        self._kl = new_kl_controller(ppo)
+        self._normaliser = Normaliser() if ppo.normalise_scores else None
+        decay, weights = config.ema_decay, self._model.adapter_parameters("policy")
+        self._average = None if decay is None else AdapterAverage(weights, decay=decay)
         self.num_updates = 0
         """Updates applied so far, those before a loaded checkpoint included."""
 
@@ -118,27 +125,99 @@ class Trainer:
         """Return the policy's log-probabilities of fixed sequences at temperature 1, which prove a pushed adapter."""
         return [row.tolist() for row in self.compute_logprobs(probes, adapter="policy", temperature=1.0)]
 
-    def update(self, batch: RolloutBatch) -> UpdateReport:
+    def update(self, batch: RolloutBatch, pretraining: Sequence[Sequence[int]] = ()) -> UpdateReport:
         """Learn from a scored rollout batch and return the figures of the update.
 
+        Args:
+            batch: The samples.
+            pretraining: Token ids of pretraining text, spread over the optimiser steps; not looked at while `ptx_coef`
+                is 0.
+
         Raises:
-            InvalidArgumentError: A sample is outside its range, or there are fewer samples than minibatches.
+            InvalidArgumentError: A sample is outside its range, there are fewer samples than minibatches, or there is
+                too little pretraining text.
             FailedPreconditionError: Something is not finite, generator and trainer disagree, or the schedule has ended.
                 The optimiser step at fault was not taken; steps before it in the same update were.
         """
         self._check(batch.samples)
-        plan = [self._new_epoch(batch.samples) for _ in range(self._ppo.epochs)]
-        layout = [micro for minibatch in plan[0] for micro in minibatch]
-        experience = prepare_experience(self._model, batch, layout, self._ppo)
-        rates = {}
-        steps = []
-        for minibatch in (m for epoch in plan for m in epoch):
-            rates = {f"{a}_learning_rate": self._optimiser(a).learning_rate() for a in _TRAINED}
-            steps.append(self._learner.learn(experience, minibatch))
+        epochs = [self._new_epoch(batch) for _ in range(self._ppo.epochs)]
+        layouts, steps = (
+            [layout for epoch in epochs for layout in epoch],
+            self._policy_steps(batch, epochs, pretraining),
+        )
+        rates = [self._learning_rates(index) for index in range(len(layouts))]
+        experience = prepare_experience(
+            self._model, batch, epochs[0], self._ppo, kl_coef=self._kl.kl_coef, normaliser=self._normaliser
+        )
+        taken: list[Figures] = []
+        for layout, step, rate in zip(layouts, steps, rates, strict=True):
+            figures = self._take_step(experience, layout, step, rate)
+            if figures is None:
+                break
+            taken.append(figures)
         self.num_updates += 1
-        counts = {"num_samples": len(batch.samples), "num_tokens": experience.returns.numel()}
+        self._kl.update(experience.figures["kl_per_sequence"], len(batch.samples))
+        counts = {"num_samples": len(batch.samples), "num_tokens": experience.advantages.numel()}
+        last = {f"{name}_learning_rate": rates[len(taken) - 1].get(name, math.nan) for name in ("policy", "critic")}
         scores = {"score_mean": sum(batch.scores) / len(batch.scores)}
-        return summarise(steps, {**experience.figures, **rates, **counts, **scores})
+        return summarise(taken, {**experience.figures, **last, **counts, **scores})
+
+    def _policy_steps(
+        self, batch: RolloutBatch, epochs: Sequence[Sequence[Layout]], pretraining: Sequence[Sequence[int]]
+    ) -> list[PolicyStep | None]:
+        """Return what each optimiser step of the policy is made of; None while only the critic learns."""
+        layouts = [layout for epoch in epochs for layout in epoch]
+        if self._ppo.has_critic and self.num_updates < self._ppo.critic_warmup_steps:
+            return [None] * len(layouts)
+        texts: list[Sequence[MicroBatch]] = [()] * len(layouts)
+        if self._ppo.ptx_coef:
+            texts = plan_pretraining(pretraining, num_steps=len(layouts), max_tokens=self._config.micro_batch_tokens)
+        limit = batch.response_limit
+        return [
+            PolicyStep(self._kl.kl_coef, loss_denominator(layout, self._ppo, response_limit=limit), text)
+            for layout, text in zip(layouts, texts, strict=True)
+        ]
+
+    def _learning_rates(self, index: int) -> dict[str, float]:
+        """Return the learning rate of each adapter at an optimiser step of the next update.
+
+        Raises:
+            FailedPreconditionError: The schedule has ended; a further step would change nothing.
+        """
+        schedule, per_update = self._config.schedule, self._ppo.epochs * self._ppo.minibatches
+        if schedule != "constant" and self.num_updates >= self._total_steps:
+            message = f"the {schedule} schedule ended after {self._total_steps} updates; raise the number of steps"
+            raise FailedPreconditionError(message, field="trainer.schedule", reason="SCHEDULE_ENDED")
+        factor = learning_rate_factor(
+            self.num_updates * per_update + index,
+            kind=schedule,
+            total_steps=self._total_steps * per_update,
+            warmup_steps=self._config.warmup_steps * per_update,
+        )
+        policy = self._config.learning_rate
+        rates = {"policy": policy, "critic": self._config.critic_learning_rate or policy}
+        return {name: factor * rates[name] for name in self._trained}
+
+    def _take_step(
+        self, experience: Experience, layout: Layout, step: PolicyStep | None, rates: dict[str, float]
+    ) -> Figures | None:
+        """Take one optimiser step and return its figures; None, and no step, once the policy has moved by `target_kl`.
+
+        Raises:
+            FailedPreconditionError: A loss or gradient is not finite; no optimiser has stepped then.
+        """
+        for optimiser in self._optimisers.values():
+            optimiser.clear()
+        figures = self._learner.accumulate(experience, layout, step)
+        if self._ppo.target_kl is not None and figures.get("approx_kl", 0.0) > self._ppo.target_kl:
+            return None
+        stepping = {n: o for n, o in self._optimisers.items() if n != "policy" or step is not None}
+        figures |= {f"{name}_grad_norm": optimiser.clip() for name, optimiser in stepping.items()}
+        for name, optimiser in stepping.items():
+            optimiser.step(rates[name])
+        if self._average is not None:
+            self._average.update()
+        return figures
 
     def export_adapter(self, directory: Path, *, policy_version: int) -> AdapterFiles:
         """Write the policy adapter for the generator and return what it holds.
@@ -154,6 +233,19 @@ class Trainer:
             base_sha256=self.base_sha256,
         )
 
+    def export_average(self, directory: Path, *, policy_version: int) -> AdapterFiles:
+        """Write the moving average of the policy adapter, as `export_adapter` writes the adapter itself.
+
+        Raises:
+            FailedPreconditionError: There is none, or `directory` exists with other content.
+        """
+        if self._average is None:
+            raise FailedPreconditionError("no average is kept; set trainer.ema_decay", field="trainer.ema_decay")
+        shape = self._model.shapes["policy"]
+        return export_adapter(
+            directory, self._average.tensors, shape, policy_version=policy_version, base_sha256=self.base_sha256
+        )
+
     def save_checkpoint(self, directory: Path) -> None:
         """Write everything needed to continue bit for bit as a new directory.
 
@@ -162,31 +254,39 @@ class Trainer:
         """
         weights: dict[str, Tensor] = {}
         optimiser = {"rng": self._generator.get_state()}
-        for adapter in _TRAINED:
+        for adapter in self._trained:
             parameters = self._model.trained_parameters(adapter)
             weights |= {f"{adapter}/{n}": p.detach().cpu().contiguous() for n, p in parameters.items()}
-            optimiser |= {f"{adapter}/{n}": t.cpu() for n, t in self._optimiser(adapter).state_tensors().items()}
+            optimiser |= {f"{adapter}/{n}": t.cpu() for n, t in self._optimisers[adapter].state_tensors().items()}
+        if self._average is not None:
+            weights |= {f"average/{n}": t.cpu().contiguous() for n, t in self._average.tensors.items()}
         write_checkpoint(directory, Checkpoint(weights, optimiser, state=self._identity() | self._counters()))
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Continue from a checkpoint of a trainer with the same base and adapter shapes.
+        """Continue from a checkpoint of a trainer with the same base, adapter shapes and optional parts.
 
         Raises:
             NotFoundError: There is no checkpoint.
             FailedPreconditionError: It is damaged, of another format, or belongs to another base or shape.
         """
         checkpoint = read_checkpoint(directory)
+        state = checkpoint.state
         for name, expected in self._identity().items():
-            if checkpoint.state.get(name) != expected:
+            if state.get(name) != expected:
                 message = f"the checkpoint has other {name} than this trainer; continue with the settings that wrote it"
                 raise FailedPreconditionError(message, field="checkpoint", reason="CHECKPOINT_MISMATCH")
-        for adapter in _TRAINED:
+        for adapter in self._trained:
             weights = _with_prefix(checkpoint.weights, f"{adapter}/")
             copy_tensors(self._model.trained_parameters(adapter), weights, field="checkpoint")
-            num_steps = checkpoint.state["optimiser_steps"][adapter]
-            self._optimiser(adapter).load_state(_with_prefix(checkpoint.optimiser, f"{adapter}/"), num_steps=num_steps)
+            num_steps = state["optimiser_steps"][adapter]
+            self._optimisers[adapter].load_state(_with_prefix(checkpoint.optimiser, f"{adapter}/"), num_steps=num_steps)
+        if self._average is not None:
+            self._average.load(_with_prefix(checkpoint.weights, "average/"))
+        if self._normaliser is not None:
+            self._normaliser = Normaliser(*state["score_moments"])
+        self._kl.kl_coef = state["kl_coef"]
         self._generator.set_state(checkpoint.optimiser["rng"])
-        self.num_updates = checkpoint.state["num_updates"]
+        self.num_updates = state["num_updates"]
 
     def _identity(self) -> dict[str, object]:
         """Return what a checkpoint must agree on before its tensors mean anything here."""
@@ -194,36 +294,31 @@ class Trainer:
             name: [shape.rank, shape.alpha, list(shape.target_modules), shape.use_rslora]
             for name, shape in self._model.shapes.items()
         }
-        return {"base_sha256": self.base_sha256, "adapters": shapes}
+        optional = {"average": self._average is not None, "normaliser": self._normaliser is not None}
+        parts = [name for name, present in optional.items() if present]
+        optimizer = self._config.optimizer
+        return {"base_sha256": self.base_sha256, "adapters": shapes, "parts": parts, "optimizer": optimizer}
 
     def _counters(self) -> dict[str, object]:
-        steps = {adapter: self._optimiser(adapter).num_steps for adapter in _TRAINED}
-        return {"num_updates": self.num_updates, "optimiser_steps": steps}
+        moments = self._normaliser and [self._normaliser.count, self._normaliser.mean, self._normaliser.var]
+        return {
+            "num_updates": self.num_updates,
+            "optimiser_steps": {name: optimiser.num_steps for name, optimiser in self._optimisers.items()},
+            "kl_coef": self._kl.kl_coef,
+            "score_moments": moments,
+        }
 
-    def _optimiser(self, adapter: Literal["policy", "critic"]) -> AdapterOptimiser:
-        return self._learner.policy if adapter == "policy" else self._learner.critic
-
-    def _new_optimiser(
-        self, adapter: Literal["policy", "critic"], learning_rate: float, total_steps: int
-    ) -> AdapterOptimiser:
+    def _new_optimiser(self, adapter: Literal["policy", "critic"]) -> AdapterOptimiser:
         return AdapterOptimiser(
             self._model.trained_parameters(adapter),
-            learning_rate=learning_rate,
-            schedule=self._config.schedule,
-            total_steps=total_steps * self._ppo.epochs * self._ppo.minibatches,
             max_grad_norm=self._config.max_grad_norm,
+            kind=self._config.optimizer,
         )
 
-    def _new_epoch(self, samples: Sequence[Sample]) -> list[Minibatch]:
+    def _new_epoch(self, batch: RolloutBatch) -> list[Layout]:
         """Return the samples in a new random partition into minibatches, each laid out in micro-batches."""
-        if len(samples) < self._ppo.minibatches:
-            message = f"{len(samples)} samples cannot make {self._ppo.minibatches} minibatches"
-            raise InvalidArgumentError(message, field="ppo.minibatches")
-        order = torch.randperm(len(samples), generator=self._generator)
-        return [
-            build_micro_batches(samples, part.tolist(), max_tokens=self._config.micro_batch_tokens)
-            for part in order.tensor_split(self._ppo.minibatches)
-        ]
+        order = torch.randperm(len(batch.samples), generator=self._generator)
+        return plan_epoch(batch, order, self._ppo, max_tokens=self._config.micro_batch_tokens)
 
     def _check(self, samples: Sequence[Sample]) -> None:
         check_samples(samples, vocab_size=self._model.vocab_size, max_length=self._model.max_length)
@@ -234,6 +329,13 @@ class Trainer:
         layout = build_micro_batches(samples, range(len(samples)), max_tokens=self._config.micro_batch_tokens)
         lengths = response_lengths(samples)
         return list(torch.split(gather_flat(layout, forward, num_tokens=sum(lengths)), lengths))
+
+
+def new_kl_controller(config: PpoConfig) -> KlController:
+    """Return the controller of the KL's weight."""
+    if config.kl_target is None:
+        return FixedKl(config.kl_coef)
+    return AdaptiveKl(config.kl_coef, config.kl_target, config.kl_horizon)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

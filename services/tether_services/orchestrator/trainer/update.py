@@ -1,10 +1,10 @@
-"""One PPO update: epochs of minibatches of micro-batches over a fixed experience."""
+"""One optimiser step of policy and critic over micro-batches of a fixed experience."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,190 +12,177 @@ from torch import Tensor
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.config import PpoConfig
 from tether_services.orchestrator.trainer.batch import MicroBatch
-from tether_services.orchestrator.trainer.experience import Experience
-from tether_services.orchestrator.trainer.forward import response_logprobs, response_values
+from tether_services.orchestrator.trainer.experience import Experience, Layout
+from tether_services.orchestrator.trainer.forward import (
+    response_logprobs,
+    response_logprobs_and_entropies,
+    response_values,
+)
 from tether_services.orchestrator.trainer.model import SharedModel
 from tether_services.orchestrator.trainer.optimiser import AdapterOptimiser
-from tether_services.ppo.losses import (
-    approx_kl,
-    clip_fraction,
-    clipped_policy_loss,
-    clipped_value_loss,
-    policy_ratio,
-    token_mean,
-)
+from tether_services.ppo.kl import kl_loss
+from tether_services.ppo.losses import aggregate, policy_loss, value_loss
 
-__all__ = ["Learner", "Minibatch", "StepFigures", "UpdateReport", "summarise"]
+__all__ = ["Learner", "PolicyStep"]
 
-Minibatch = Sequence[MicroBatch]
-"""The micro-batches whose gradients make one optimiser step."""
+Figures = dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class StepFigures:
-    """Monitoring figures of one optimiser step."""
+@dataclass(slots=True)
+class PolicyStep:
+    """What one optimiser step of the policy is made of, besides the experience."""
 
-    policy_loss: float
-    value_loss: float
-    policy_grad_norm: float
-    """Before clipping."""
-    critic_grad_norm: float
-    """Before clipping."""
-    approx_kl: float
-    clip_fraction: float
-    ratio_max: float
-    ratio_deviation: float
-    """Largest |ratio - 1|."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """Monitoring figures of one update; log-probabilities, KL and entropy in nats.
-
-    Those of the batch are taken before the first optimiser step; those of the learning are means over the optimiser
-    steps unless they say otherwise.
-    """
-
-    num_samples: int
-    num_tokens: int
-    """Response tokens trained on."""
-    num_optimizer_steps: int
-    policy_learning_rate: float
-    """Of the last optimiser step."""
-    critic_learning_rate: float
-    """Of the last optimiser step."""
-    policy_loss: float
-    value_loss: float
-    policy_grad_norm: float
-    """Before clipping."""
-    critic_grad_norm: float
-    """Before clipping."""
-    approx_kl: float
-    """Between the policy before and during the update, per token."""
-    clip_fraction: float
-    """Share of tokens whose ratio left the clip range, 0 to 1."""
-    ratio_max: float
-    """Largest policy ratio over all optimiser steps."""
-    first_ratio_deviation: float
-    """Largest |ratio - 1| before the first optimiser step; 0 when the trainer is consistent with itself."""
-    score_mean: float
-    reward_per_sequence: float
-    """Score minus weighted KL, mean over sequences."""
-    entropy: float
-    """Mean over tokens."""
-    kl_per_token: float
-    """To the reference, by k1; may be negative on a batch."""
-    kl_k3_per_token: float
-    """To the reference, by k3; never negative."""
-    kl_per_sequence: float
-    """To the reference, by k1, summed over the tokens of a sequence."""
-    mean_abs_dlogp: float
-    """Between generator and trainer, per token."""
-    mult_prob_error: float
-    """Mean exp |difference| between generator and trainer; 1 is perfect."""
-    gen_kl: float
-    """KL of the generator to the trainer, per token, by k3."""
-    value_mean: float
-    explained_variance: float
-    """Of the returns by the values, at most 1; NaN where all returns are equal."""
-    advantage_mean: float
-    """Before whitening."""
-    advantage_std: float
-    """Before whitening."""
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the figures by name."""
-        return asdict(self)
-
-
-def summarise(steps: Sequence[StepFigures], batch_figures: dict[str, float | int]) -> UpdateReport:
-    """Return the report of an update from its optimiser steps and the figures of its batch."""
-    means = {
-        name: sum(getattr(step, name) for step in steps) / len(steps)
-        for name in ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm", "approx_kl", "clip_fraction")
-    }
-    extremes = {
-        "ratio_max": max(step.ratio_max for step in steps),
-        "first_ratio_deviation": steps[0].ratio_deviation,
-        "num_optimizer_steps": len(steps),
-    }
-    return UpdateReport(**means, **extremes, **batch_figures)  # type: ignore[arg-type]
+    kl_coef: float
+    """Weight of the KL loss; 0: none."""
+    denominator: float
+    """Of every loss over response tokens, for the whole step."""
+    pretraining: Sequence[MicroBatch] = field(default_factory=list)
+    """Pretraining text of the step; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Policy and critic with their optimisers."""
+    """Policy and, where there is one, critic with their optimisers."""
 
     model: SharedModel
     policy: AdapterOptimiser
-    critic: AdapterOptimiser
+    critic: AdapterOptimiser | None
     config: PpoConfig
 
-    def learn(self, experience: Experience, minibatch: Minibatch) -> StepFigures:
-        """Take one optimiser step of policy and critic each, and return its figures.
+    def accumulate(self, experience: Experience, layout: Layout, step: PolicyStep | None) -> Figures:
+        """Add the gradients of one optimiser step, of the policy only with `step`; return the step's figures.
 
         Raises:
-            FailedPreconditionError: A loss or gradient is not finite; neither optimiser has stepped then.
+            FailedPreconditionError: A loss is not finite.
         """
+        figures: Figures = {}
+        if step is not None:
+            figures |= self.accumulate_policy(experience, layout, step)
+        if self.critic is not None:
+            figures |= self.accumulate_critic(experience, layout)
+        for name in (name for name in figures if name.endswith("_loss")):
+            if not math.isfinite(figures[name]):
+                message = f"{name} is {figures[name]}; no step was taken: continue from an earlier checkpoint"
+                raise FailedPreconditionError(message, field=name, reason="NON_FINITE")
+        return figures
+
+    def accumulate_policy(self, experience: Experience, layout: Layout, step: PolicyStep) -> Figures:
+        """Add the gradient of everything that the policy learns from; return its figures."""
+        if not step.pretraining:
+            return self._accumulate_ppo(experience, layout, step)
+        figures = self._accumulate_pretraining(step.pretraining)
+        figures["ptx_grad_norm"] = self.policy.grad_norm()
+        pretraining = self.policy.gradients()
         self.policy.clear()
-        self.critic.clear()
-        policy_loss, logprobs = self.accumulate_policy(experience, minibatch)
-        value_loss = self.accumulate_critic(experience, minibatch)
-        _require_finite(policy_loss=policy_loss, value_loss=value_loss)
-        norms = self.policy.clip(), self.critic.clip()
-        self.policy.step()
-        self.critic.step()
-        old = experience.old_logprobs[torch.cat([micro.tokens for micro in minibatch])]
-        ratio = policy_ratio(logprobs, old)
-        return StepFigures(
-            policy_loss=policy_loss,
-            value_loss=value_loss,
-            policy_grad_norm=norms[0],
-            critic_grad_norm=norms[1],
-            approx_kl=approx_kl(logprobs, old),
-            clip_fraction=clip_fraction(logprobs, old, clip_range=self.config.clip_range),
-            ratio_max=float(ratio.max()),
-            ratio_deviation=float((ratio - 1.0).abs().max()),
-        )
+        figures |= self._accumulate_ppo(experience, layout, step)
+        figures["ppo_grad_norm"] = self.policy.grad_norm()
+        self.policy.add_gradients(pretraining)
+        return figures
 
-    def accumulate_policy(self, experience: Experience, minibatch: Minibatch) -> tuple[float, Tensor]:
-        """Add the gradient of the policy loss; return the loss and the [n] log-probabilities, without gradient."""
-        num_tokens, total, logprobs = _num_tokens(minibatch), 0.0, []
+    def _accumulate_ppo(self, experience: Experience, layout: Layout, step: PolicyStep) -> Figures:
+        total = _Total()
         with self.model.using("policy"):
-            for micro in minibatch:
-                new = response_logprobs(self.model, micro, temperature=self.config.temperature)
-                old, advantages = experience.old_logprobs[micro.tokens], experience.advantages[micro.tokens]
-                losses = clipped_policy_loss(new, old, advantages, clip_range=self.config.clip_range)
-                loss = token_mean(losses * experience.weights[micro.tokens], num_tokens=num_tokens)
+            for micro in layout.policy:
+                loss, figures = self._policy_loss(experience, micro, step)
                 torch.autograd.backward(loss)
-                total += float(loss.detach())
-                logprobs.append(new.detach())
-        return total, torch.cat(logprobs)
+                total.add(figures, micro.tokens.numel())
+        return total.figures()
 
-    def accumulate_critic(self, experience: Experience, minibatch: Minibatch) -> float:
-        """Add the gradient of the value loss; return the loss."""
-        num_tokens, total = _num_tokens(minibatch), 0.0
+    def _policy_loss(self, experience: Experience, micro: MicroBatch, step: PolicyStep) -> tuple[Tensor, Figures]:
+        """Return the loss of a micro-batch, the entropy bonus and the KL loss included, and its figures."""
+        config, mask = self.config, micro.mask.to(self.model.device)
+
+        def padded(flat: Tensor) -> Tensor:
+            return micro.pad(flat[micro.tokens])
+
+        entropies = None
+        if config.entropy_coef:
+            new, entropies = response_logprobs_and_entropies(self.model, micro, temperature=config.temperature)
+        else:
+            new = response_logprobs(self.model, micro, temperature=config.temperature)
+        new = micro.pad(new)
+        loss, metrics = policy_loss(
+            new,
+            padded(experience.old_logprobs),
+            padded(experience.advantages),
+            mask,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+            weights=padded(experience.weights),
+            aggregation=config.aggregation,
+            denominator=step.denominator,
+        )
+        figures = {name: float(value) for name, value in metrics.items()} | {"policy_loss": float(loss.detach())}
+
+        def reduce(losses: Tensor, name: str) -> Tensor:
+            reduced = aggregate(losses, mask, aggregation=config.aggregation, denominator=step.denominator)
+            figures[name] = float(reduced.detach())
+            return reduced
+
+        if entropies is not None:
+            loss = loss - config.entropy_coef * reduce(micro.pad(entropies), "entropy_bonus")
+        if config.kl_in == "loss" and step.kl_coef:
+            loss = loss + step.kl_coef * reduce(kl_loss(new, padded(experience.ref_logprobs)), "kl_loss")
+        return loss, figures
+
+    def _accumulate_pretraining(self, micro_batches: Sequence[MicroBatch]) -> Figures:
+        """Add the gradient of the weighted language-model loss, a mean over the tokens of the step.
+
+        Source: D29; Ouyang et al. 2022, arXiv:2203.02155, equation 2.
+        """
+        num_tokens, total = sum(micro.tokens.numel() for micro in micro_batches), 0.0
+        with self.model.using("policy"):
+            for micro in micro_batches:
+                losses = -micro.pad(response_logprobs(self.model, micro, temperature=1.0))
+                mask = micro.mask.to(losses.device)
+                loss = aggregate(losses, mask, aggregation="token_mean", denominator=num_tokens)
+                torch.autograd.backward(self.config.ptx_coef * loss)
+                total += float(loss.detach())
+        return {"ptx_loss": total}
+
+    def accumulate_critic(self, experience: Experience, layout: Layout) -> Figures:
+        """Add the gradient of the value loss; return its figures."""
+        num_values, total = sum(micro.tokens.numel() for micro in layout.critic), _Total()
         with self.model.using("critic"):
-            for micro in minibatch:
-                losses = clipped_value_loss(
-                    response_values(self.model, micro),
-                    experience.old_values[micro.tokens],
-                    experience.returns[micro.tokens],
-                    value_clip_range=self.config.value_clip_range,
+            for micro in layout.critic:
+                loss, metrics = value_loss(
+                    micro.pad(response_values(self.model, micro)),
+                    micro.pad(experience.old_values[micro.tokens]),
+                    micro.pad(experience.returns[micro.tokens]),
+                    micro.mask.to(self.model.device),
+                    clip_range=self.config.value_clip_range,
+                    denominator=num_values,
                 )
-                loss = token_mean(losses, num_tokens=num_tokens)
                 torch.autograd.backward(loss)
-                total += float(loss.detach())
-        return total
+                figures = {"value_loss": float(loss.detach()), "value_clip_fraction": float(metrics["clip_fraction"])}
+                total.add(figures, micro.tokens.numel())
+        return total.figures()
 
 
-def _num_tokens(minibatch: Minibatch) -> int:
-    """Return the response tokens of the whole optimiser step (D21)."""
-    return sum(micro.tokens.numel() for micro in minibatch)
+_SUMS = ("policy_loss", "value_loss", "kl_loss", "entropy_bonus")
+"""Figures of a micro-batch that are shares of the whole step already."""
+_LARGEST = ("ratio_max", "ratio_deviation")
 
 
-def _require_finite(**losses: float) -> None:
-    for name, loss in losses.items():
-        if not math.isfinite(loss):
-            message = f"{name} is {loss}; no step was taken: continue from an earlier checkpoint"
-            raise FailedPreconditionError(message, field=name, reason="NON_FINITE")
+class _Total:
+    """Figures of an optimiser step from those of its micro-batches."""
+
+    def __init__(self) -> None:
+        self._figures: Figures = {}
+        self._num_tokens = 0
+
+    def add(self, figures: Figures, num_tokens: int) -> None:
+        """Take in a micro-batch."""
+        self._num_tokens += num_tokens
+        for name, value in figures.items():
+            if name in _LARGEST:
+                self._figures[name] = max(value, self._figures.get(name, -math.inf))
+            else:
+                weight = 1 if name in _SUMS else num_tokens
+                self._figures[name] = self._figures.get(name, 0.0) + weight * value
+
+    def figures(self) -> Figures:
+        """Return the figures of the step: sums, largest values, and means over tokens."""
+        whole = (*_SUMS, *_LARGEST)
+        return {n: value if n in whole else value / self._num_tokens for n, value in self._figures.items()}
