@@ -28,8 +28,11 @@ up: install ## the four services on this machine, until Ctrl-C
 test: install ## all tests, real vLLM included where it is installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-bench: install ## the benchmark tables
+bench: install ## the benchmark tables, about 40 minutes on two cores
 	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/learning.py methods --steps 40
+	$(BIN)/python benchmarks/learning.py frontier
+	$(BIN)/python benchmarks/learning.py ptx
 
 check: install ## format, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
@@ -46,4 +49,4 @@ protos: ## regenerate clients/python/tether/v1 from protos/
 	PYTHON="$(PYTHON)" ./scripts/generate_protos.sh
 
 clean: ## remove the environments, never runs/
-	rm -rf $(VENV) .venv-protoc
+	rm -rf $(VENV) .venv-protoc .venv-trl
