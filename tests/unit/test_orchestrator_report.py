@@ -99,7 +99,7 @@ def test_a_report_holds_what_is_promised(tmp_path: Path) -> None:
     assert report["samples"]["generated"] == report["samples"]["trained"] == 12
     assert [step["step"] for step in report["steps"]] == [0, 1, 2]
     assert report["config"]["trainer"]["learning_rate"] == 1e-3
-    assert report["config"]["ppo"]["kl_coef"] == 0.05
+    assert report["config"]["ppo"]["gamma"] == 1.0
     assert "torch" in report["versions"]
 
 

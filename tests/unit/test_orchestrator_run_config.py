@@ -23,7 +23,12 @@ README = Path(run_config_module.__file__).parent / "README.md"
 
 def test_a_minimal_configuration_has_the_defaults_of_the_ppo_reference(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    assert (config.ppo.temperature, config.ppo.kl_coef, config.ppo.gamma, config.ppo.lam) == (1.0, 0.05, 1.0, 0.95)
+    assert (config.ppo.temperature, config.ppo.first_kl_coef, config.ppo.gamma, config.ppo.lam) == (
+        1.0,
+        0.05,
+        1.0,
+        0.95,
+    )
     assert (config.ppo.clip_range, config.ppo.value_clip_range, config.ppo.sampler_range) == (0.2, 0.2, (0.0, 2.0))
     check_run_config(config)
 

@@ -200,3 +200,15 @@ def test_an_idle_setting_changes_no_weight_and_an_active_one_does(
     assert {f"ppo.{key}" for key, _ in change} == {violation.field for violation in find_idle(config)}
     assert same(learn(base, idle + change), learn(base, idle))
     assert not same(learn(base, active + change), learn(base, active))
+
+
+@pytest.mark.parametrize("preset", ['preset = "nplus"\n', ""])
+def test_d12_a_penalty_that_would_reward_cut_responses_is_refused(tmp_path: Path, preset: str) -> None:
+    value = "" if preset else "missing_eos_value = -1.0\n"
+    config = run_config(tmp_path, preset, ppo=f'missing_eos = "subtract"\n{value}')
+    assert list(fields_of(lambda: check_run_settings(config))) == ["ppo.missing_eos_value"]
+
+
+def test_held_out_prompts_of_a_run_that_is_not_evaluated_are_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, 'evaluation = false\nevaluation_prompts = "q.txt"\n')
+    assert "evaluation_prompts" in fields_of(lambda: check_run_settings(config))

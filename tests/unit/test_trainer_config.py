@@ -13,7 +13,7 @@ from tether_services.orchestrator.config import PpoConfig, TrainerConfig
 def test_the_defaults_are_those_of_the_ppo_reference() -> None:
     ppo = PpoConfig()
     assert (ppo.epochs, ppo.minibatches) == (4, 1)
-    assert (ppo.clip_range, ppo.value_clip_range, ppo.kl_coef) == (0.2, 0.2, 0.05)
+    assert (ppo.clip_range, ppo.value_clip_range, ppo.first_kl_coef) == (0.2, 0.2, 0.05)
     assert (ppo.gamma, ppo.lam, ppo.temperature) == (1.0, 0.95, 1.0)
     assert (ppo.sampler_correction, ppo.sampler_range) == ("token_tis", (0.0, 2.0))
     assert (ppo.advantage, ppo.aggregation, ppo.kl_in, ppo.score_placement) == ("gae", "token_mean", "reward", "last")

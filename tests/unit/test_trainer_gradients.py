@@ -113,7 +113,8 @@ def test_d21_accumulation_over_micro_batches_equals_one_batch(exact: Scene, aggr
     ppo = PpoConfig.model_validate(EVERYTHING | {"aggregation": aggregation})
     results = []
     for tokens in (WHOLE, max_tokens):
-        layout, (text,) = layout_of(exact.batch, ppo, tokens), plan_pretraining(TEXT, num_steps=1, max_tokens=tokens)
+        layout = layout_of(exact.batch, ppo, tokens)
+        (text,) = plan_pretraining([Sample(row[:1], row[1:]) for row in TEXT], num_steps=1, max_tokens=tokens)
         assert (len(layout.policy) == len(text) == 1) == (tokens == WHOLE)
         results.append(gradient_of(exact, ppo, layout, text))
     whole, split = results

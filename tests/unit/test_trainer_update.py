@@ -21,7 +21,7 @@ from tests.unit.tiny_llama import (
     write_tiny_llama,
 )
 from tests.unit.trainer_by_hand import logprobs_of
-from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.config import PpoConfig
 from tether_services.orchestrator.trainer import Sample, Trainer, UpdateReport
 
@@ -143,11 +143,10 @@ def test_a_loss_that_is_not_finite_takes_no_step_at_all(base: Path) -> None:
     assert weights(trainer).equal(weights(fresh))
 
 
-def test_fewer_samples_than_minibatches_are_refused(base: Path) -> None:
-    trainer = new_trainer(base, ppo=PpoConfig(minibatches=5))
-    with pytest.raises(InvalidArgumentError) as caught:
-        trainer.update(score_samples(trainer, random_samples(4)))
-    assert caught.value.violations[0].field == "ppo.minibatches"
+def test_fewer_samples_than_minibatches_make_as_many_steps_as_samples(base: Path) -> None:
+    trainer = new_trainer(base, ppo=PpoConfig(epochs=2, minibatches=5))
+    report = trainer.update(score_samples(trainer, random_samples(4)))
+    assert report.num_optimizer_steps == 8
 
 
 def test_the_critic_learns_to_explain_the_returns(base: Path) -> None:

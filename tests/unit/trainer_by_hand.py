@@ -154,7 +154,7 @@ def facts_of(model: SharedModel, batch: RolloutBatch, ppo: PpoConfig, sampler: t
     samples, refs = batch.samples, batch.ref_logprobs
     old = [logprobs_of(model, sample, ppo)[0].tolist() for sample in samples]
     counts = [num_values(sample, batch, ppo) for sample in samples]
-    in_reward = ppo.kl_coef if ppo.kl_in == "reward" else 0.0
+    in_reward = ppo.first_kl_coef if ppo.kl_in == "reward" else 0.0
     rewards = []
     for row, ref, score, count in zip(old, refs, scores_of(batch, ppo), counts, strict=True):
         penalties = [-in_reward * (o - r) for o, r in zip(row, ref, strict=True)] + [0.0] * (count - len(row))
@@ -189,7 +189,7 @@ def policy_losses(model: SharedModel, sample: Sample, known: Facts, ppo: PpoConf
     losses = -known.weights * known.advantages * gain - ppo.entropy_coef * entropies
     if ppo.kl_in == "loss":
         # The gradient of the KL to the reference: d times that of the log-probability.
-        losses = losses + ppo.kl_coef * (new - known.ref).detach() * new
+        losses = losses + ppo.first_kl_coef * (new - known.ref).detach() * new
     return losses
 
 

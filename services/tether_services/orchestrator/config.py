@@ -50,8 +50,8 @@ class PpoConfig(Settings):
     """An update ends early when the policy has moved this far in nats per token (approx_kl); unset: never."""
     critic_warmup_steps: int = Field(default=0, ge=0)
     """PPO steps at the start in which only the critic learns, 0 or more."""
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of the KL to the reference, 0 or more; the first one where it adapts."""
+    kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of the KL, 0 or more, the first one where it adapts; unset: 0.05, but 0 for a fixed one of (dr_)grpo."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL acts: in the token rewards (k1), or as a loss (value of k3, gradient of k2)."""
     kl_target: float | None = Field(default=None, gt=0)
@@ -97,6 +97,13 @@ class PpoConfig(Settings):
     def has_critic(self) -> bool:
         """Whether values are learned."""
         return self.advantage == "gae"
+
+    @property
+    def first_kl_coef(self) -> float:
+        """Weight of the KL in the first step."""
+        without = self.advantage in ("grpo", "dr_grpo") and self.kl_target is None
+        by_kind = 0.0 if without else 0.05
+        return by_kind if self.kl_coef is None else self.kl_coef
 
     @property
     def whitens_advantages(self) -> bool:

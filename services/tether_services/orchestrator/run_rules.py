@@ -48,9 +48,10 @@ _RULES = (
     ),
     _Rule(
         ("ppo.kl_in", "ppo.kl_target", "ppo.kl_horizon"),
-        lambda config: config.ppo.kl_coef == 0,
+        lambda config: config.ppo.first_kl_coef == 0,
         "ppo.kl_coef is 0, and an adaptive one stays 0",
     ),
+    _Rule(("evaluation_prompts",), lambda config: not config.evaluation, "evaluation is false"),
     _Rule(("ppo.missing_eos_value",), lambda config: config.ppo.missing_eos == "none", "ppo.missing_eos is none"),
     _Rule(("ppo.ptx_text", "ppo.ptx_rows"), lambda config: config.ppo.ptx_coef == 0, "ppo.ptx_coef is 0"),
     _Rule(
@@ -61,6 +62,7 @@ _RULES = (
 )
 _OFF = {
     "reward_model": "",
+    "evaluation_prompts": "",
     "ppo.whiten_rewards": False,
     "ppo.score_placement": "last",
     "ppo.critic_warmup_steps": 0,
@@ -142,7 +144,9 @@ def _check_sampler_range(config: RunConfig) -> FieldViolation | None:
 
 
 def _check_missing_eos(config: RunConfig) -> FieldViolation | None:
-    """Refuse to replace scores by a value that nobody chose: what suits depends on the scale of the scores."""
+    """Refuse a bonus for being cut, and to replace scores by a value that nobody chose: it depends on their scale."""
+    if config.ppo.missing_eos == "subtract" and config.ppo.missing_eos_value <= 0:
+        return FieldViolation("ppo.missing_eos_value", "must be above 0 with subtract, or it rewards being cut")
     if config.ppo.missing_eos != "replace" or "missing_eos_value" in config.ppo.model_fields_set:
         return None
     return FieldViolation("ppo.missing_eos_value", "needed with replace: a score that is low for this reward model")

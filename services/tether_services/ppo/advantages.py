@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tether_services.ppo.statistics import at_least_float32
+from tether_services.ppo.statistics import at_least_float32, check_same_shape
 
 __all__ = ["GroupKind", "compute_returns", "estimate_advantages", "group_advantages"]
 
@@ -32,6 +32,7 @@ def estimate_advantages(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma:
 
     Source: D16 to D18, D20; Schulman et al. 2016, arXiv:1506.02438, equation 16.
     """
+    check_same_shape(rewards=rewards, values=values, mask=mask)
     rewards, values, kept = at_least_float32(rewards.detach()), at_least_float32(values.detach()), mask.bool()
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
@@ -50,6 +51,7 @@ def compute_returns(advantages: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
     Source: D16.
     """
+    check_same_shape(advantages=advantages, values=values, mask=mask)
     returns = at_least_float32(advantages.detach()) + at_least_float32(values.detach())
     return torch.where(mask.bool(), returns, 0.0)
 
@@ -68,11 +70,13 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: GroupKind, mask
         mask: [B], False leaves a response out of every sum and count; its advantage is 0.
 
     Raises:
-        ValueError: `rloo` has a group of one, which has no others; or `kind` is unknown. With the other kinds a group
-            of one has the advantage 0.
+        ValueError: `rloo` has a group of one, which has no others (with the other kinds its advantage is 0), there are
+            no scores or not as many group ids, or `kind` is unknown.
 
     Source: D37 (arXiv:2402.03300, 2503.20783), D38 (arXiv:2402.14740); arXiv:2501.03262 for `reinforce_baseline`.
     """
+    if not scores.numel() or scores.shape != group_ids.shape:
+        raise ValueError(f"scores and group_ids must have the same length, at least 1: {len(scores)}, {len(group_ids)}")
     rewards = at_least_float32(scores.detach())
     kept = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
     groups = torch.unique(group_ids, return_inverse=True)[1]

@@ -8,6 +8,7 @@ Source: D10, D11; Schulman, "Approximating KL divergence" (2020).
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol
 
 import torch
@@ -43,7 +44,7 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KlKind) -> Tens
     if kind == "k2":
         return 0.5 * difference**2
     if kind == "k3":
-        return (-difference).exp() - 1.0 + difference
+        return torch.expm1(-difference) + difference  # exp - 1 would round the whole of a small KL away
     if kind == "abs":
         return difference.abs()
     raise ValueError(f"kind must be k1, k2, k3 or abs, got {kind!r}")
@@ -115,7 +116,13 @@ class AdaptiveKl:
         Args:
             mean_sequence_kl: k1 in nats, summed over the tokens of a response, mean over the responses of the batch.
             num_episodes: Responses of the batch.
+
+        Raises:
+            ValueError: The KL is not finite; the weight stays.
         """
+        mean_sequence_kl = float(mean_sequence_kl)
+        if not math.isfinite(mean_sequence_kl):
+            raise ValueError(f"mean_sequence_kl must be finite, got {mean_sequence_kl}")
         error = min(max(mean_sequence_kl / self._target - 1.0, -_MAX_ERROR), _MAX_ERROR)
         self.kl_coef *= max(_MIN_FACTOR, 1.0 + error * num_episodes / self._horizon)
         return self.kl_coef

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tether_services.ppo.statistics import at_least_float32
+from tether_services.ppo.statistics import at_least_float32, check_same_shape
 
 __all__ = [
     "Aggregation",
@@ -61,7 +61,7 @@ def policy_loss(
     Args:
         logprobs: [B, T], of the policy now; the gradient flows through these.
         old_logprobs: [B, T], of the policy that generated, recomputed by the trainer.
-        advantages: [B, T], fixed for all epochs.
+        advantages: [B, T], fixed for all epochs; or [B, 1], the same for all tokens of a response.
         mask: [B, T], True on response tokens. What is outside has no influence, NaN included.
         clip_range: Above 0, below 1.
         clip_range_high: Upper range where it differs, above 0.
@@ -72,6 +72,9 @@ def policy_loss(
 
     Source: D21, D22, D25; Schulman et al. 2017, arXiv:1707.06347, equation 7; arXiv:1912.09729 for the dual clip.
     """
+    if advantages.shape == (len(logprobs), 1):
+        advantages = advantages.expand_as(logprobs)
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     kept, old = mask.bool(), at_least_float32(old_logprobs.detach())
     log_ratio = torch.where(kept, at_least_float32(logprobs) - old, 0.0)
     ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
@@ -131,6 +134,7 @@ def value_loss(
 
     Source: D23.
     """
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     kept, old = mask.bool(), at_least_float32(old_values.detach())
     new = torch.where(kept, at_least_float32(values), 0.0)
     old, targets = (torch.where(kept, at_least_float32(x.detach()), 0.0) for x in (old, returns))
@@ -159,6 +163,7 @@ def aggregate(losses: Tensor, mask: Tensor, *, aggregation: Aggregation, denomin
 
     Source: D21; arXiv:2503.20783 for `token_sum` with a constant.
     """
+    check_same_shape(losses=losses, mask=mask)
     kept = mask.bool()
     sums, own = torch.where(kept, at_least_float32(losses), 0.0), float(kept.sum())
     if aggregation == "sequence_mean":
@@ -196,8 +201,14 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | 
         rejected: [P] scores of the others.
         margin: [P] or one number, by which the preferred one shall lead; None: 0.
 
+    Raises:
+        ValueError: There are no pairs, or not as many rejected as chosen.
+
     Source: D33.
     """
+    check_same_shape(chosen=chosen, rejected=rejected)
+    if not chosen.numel():
+        raise ValueError("a loss over no pairs is undefined")
     lead = at_least_float32(chosen) - at_least_float32(rejected)
     return -logsigmoid(lead if margin is None else lead - margin).mean()
 
@@ -244,12 +255,15 @@ def dpo_loss(
         kind: Which loss.
 
     Raises:
-        ValueError: `kind` is unknown, or does not use the label smoothing that is set.
+        ValueError: There are no pairs, an argument is outside its range, `kind` is unknown, or does not use the label
+            smoothing that is set.
 
     Source: D36; arXiv:2305.18290, 2310.12036 (`ipo`), 2309.06657 (`hinge`).
     """
-    if label_smoothing and kind != "sigmoid":
-        raise ValueError(f"label_smoothing has no meaning for {kind}")
+    if beta <= 0.0 or not 0.0 <= label_smoothing <= 0.5 or (label_smoothing and kind != "sigmoid"):
+        raise ValueError(f"{kind} cannot have beta {beta} and label_smoothing {label_smoothing}")
+    if not policy_chosen.numel():
+        raise ValueError("a loss over no pairs is undefined")
     policy = at_least_float32(policy_chosen) - at_least_float32(policy_rejected)
     lead = policy - (at_least_float32(ref_chosen) - at_least_float32(ref_rejected)).detach()
     if kind == "sigmoid":

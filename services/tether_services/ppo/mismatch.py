@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tether_services.ppo.statistics import at_least_float32, masked_mean
+from tether_services.ppo.statistics import at_least_float32, check_same_shape, masked_mean
 
 __all__ = ["SamplerCorrection", "mismatch_metrics", "sampler_weights"]
 
@@ -26,6 +26,7 @@ _OUTLIER_RATIOS = (1e-4, 100.0)
 
 
 def _delta(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+    check_same_shape(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs, mask=mask)
     delta = at_least_float32(old_logprobs.detach()) - at_least_float32(sampler_logprobs.detach())
     return torch.where(mask.bool(), delta, 0.0)
 
@@ -97,6 +98,6 @@ def mismatch_metrics(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tenso
     return {
         "mean_abs_dlogp": float(masked_mean(delta.abs(), mask)),
         "mult_prob_error": float(masked_mean(delta.abs().exp(), mask)),
-        "gen_kl": float(masked_mean(delta.exp() - 1.0 - delta, mask)),
+        "gen_kl": float(masked_mean(torch.expm1(delta) - delta, mask)),
         "outlier_ratio": float(outlier.any(dim=1).float().mean()),
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tether_services.ppo.kl import KlKind, estimate_kl
-from tether_services.ppo.statistics import at_least_float32, last_kept
+from tether_services.ppo.statistics import at_least_float32, check_same_shape, last_kept
 
 __all__ = ["MissingEosMode", "Normaliser", "Placement", "clip_scores", "penalise_missing_eos", "shape_rewards"]
 
@@ -47,12 +47,15 @@ def shape_rewards(
             and on e otherwise. `n_plus` goes with values that keep the state e + 1.
 
     Raises:
-        ValueError: A row of the mask keeps nothing, so its score has no place, or `placement` is unknown.
+        ValueError: A row of the mask keeps nothing, so its score has no place; shapes differ; `placement` is unknown.
 
     Source: D9, D10.
     """
     if placement not in ("last", "n_plus"):
         raise ValueError(f"placement must be last or n_plus, got {placement!r}")
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores has the shape {list(scores.shape)}, expected one for each of {len(mask)} rows")
     place = last_kept(mask)
     if placement == "n_plus":
         place = (place + 1).clamp(max=mask.shape[1] - 1)

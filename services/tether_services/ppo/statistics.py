@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "at_least_float32",
+    "check_same_shape",
     "explained_variance",
     "last_kept",
     "masked_mean",
@@ -22,6 +23,20 @@ _VARIANCE_FLOOR = 1e-8
 def at_least_float32(x: Tensor) -> Tensor:
     """Return `x` in float32, or unchanged where it is float32 or float64 already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Refuse tensors of different shapes, which would be spread over each other silently.
+
+    Raises:
+        ValueError: Names the first that differs from the first of all.
+    """
+    names = list(tensors)
+    expected = tensors[names[0]].shape
+    for name in names[1:]:
+        if tensors[name].shape != expected:
+            shape = list(tensors[name].shape)
+            raise ValueError(f"{name} has the shape {shape}, {names[0]} has {list(expected)}; they must be the same")
 
 
 def response_mask(lengths: Tensor, *, width: int) -> Tensor:
@@ -68,6 +83,11 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, *, dim: int | None = None
     return (masked.sum() if dim is None else masked.sum(dim=dim)) / count
 
 
+def _zero_outside(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `x` with 0 outside the mask, so that nothing that stands there gets into a gradient."""
+    return at_least_float32(x) if mask is None else torch.where(mask.bool(), at_least_float32(x), 0.0)
+
+
 def masked_var(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
     """Return the scalar variance of `x` over the mask, divided by n, or by n - 1 when `unbiased`.
 
@@ -77,7 +97,7 @@ def masked_var(x: Tensor, mask: Tensor | None = None, *, unbiased: bool = False)
     count = x.numel() if mask is None else int(mask.expand_as(x).sum())
     if unbiased and count == 1:
         raise ValueError("the unbiased variance of one entry is undefined; use unbiased=False")
-    variance = masked_mean((at_least_float32(x) - masked_mean(x, mask)) ** 2, mask)
+    variance = masked_mean((_zero_outside(x, mask) - masked_mean(x, mask)) ** 2, mask)
     return variance * count / (count - 1) if unbiased else variance
 
 
@@ -95,7 +115,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = T
 
     Source: D15, D19; openai/lm-human-preferences `whiten`.
     """
-    values, mean = at_least_float32(x), masked_mean(x, mask)
+    values, mean = _zero_outside(x, mask), masked_mean(x, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(x, mask, unbiased=unbiased) + _VARIANCE_FLOOR)
     if not shift_mean:
         whitened = whitened + mean

@@ -126,7 +126,7 @@ def _check_finite(field: str, values: Sequence[float]) -> None:
             raise InvalidArgumentError(f"{field}[{t}] is {value}; only finite numbers can be trained on", field=field)
 
 
-def check_samples(samples: Sequence[Sample], *, vocab_size: int, max_length: int) -> None:
+def check_samples(samples: Sequence[Sample], *, vocab_size: int, max_length: int, field: str = "samples") -> None:
     """Refuse samples that the model cannot read.
 
     Raises:
@@ -134,14 +134,14 @@ def check_samples(samples: Sequence[Sample], *, vocab_size: int, max_length: int
             `max_length` tokens; the field names the sample.
     """
     if not samples:
-        raise InvalidArgumentError("at least one sample is needed", field="samples")
+        raise InvalidArgumentError("at least one sample is needed", field=field)
     for i, sample in enumerate(samples):
         for name in ("prompt_token_ids", "response_token_ids"):
-            _check_token_ids(f"samples[{i}].{name}", getattr(sample, name), vocab_size)
+            _check_token_ids(f"{field}[{i}].{name}", getattr(sample, name), vocab_size)
         length = len(sample.prompt_token_ids) + len(sample.response_token_ids)
         if length > max_length:
-            message = f"samples[{i}] has {length} tokens, more than the model's {max_length}; shorten it"
-            raise InvalidArgumentError(message, field=f"samples[{i}]")
+            message = f"{field}[{i}] has {length} tokens, more than the model's {max_length}; shorten it"
+            raise InvalidArgumentError(message, field=f"{field}[{i}]")
 
 
 def _check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -30,6 +30,10 @@ from tether_services.ppo.statistics import (
 __all__ = ["Experience", "Layout", "estimate_experience", "prepare_experience"]
 
 
+_ROUNDING = 1e-4
+"""Relative difference of two weights that is no more than rounding."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Samples in micro-batches, as policy and critic read them."""
@@ -140,7 +144,7 @@ def estimate_experience(
     Raises:
         FailedPreconditionError: Generator and trainer disagree by more than `mismatch_limit`.
     """
-    weight = config.kl_coef if kl_coef is None else kl_coef
+    weight = config.first_kl_coef if kl_coef is None else kl_coef
     value_mask = _mask(value_samples(batch, config.score_placement))
     mask = _mask(batch.samples, width=value_mask.shape[1])
     mu, ref = (_pad(_flatten(rows), mask) for rows in (batch.logprobs, batch.ref_logprobs))
@@ -156,11 +160,10 @@ def estimate_experience(
         lessons = _compare_groups(rewards, batch, config)
     low, high = config.sampler_range
     weights = sampler_weights(old, mu, mask, kind=config.sampler_correction, low=low, high=high)
-    advantages = masked_whiten(lessons.advantages, mask) if config.whitens_advantages else lessons.advantages
     return Experience(
         old_logprobs=old_logprobs,
         ref_logprobs=ref[mask],
-        advantages=advantages[mask],
+        advantages=_whiten_taught(lessons, mask, config)[mask],
         weights=weights[mask],
         old_values=values,
         returns=lessons.returns[value_mask] if config.has_critic else values,
@@ -168,6 +171,7 @@ def estimate_experience(
         | _kl_figures(old, ref, mask)
         | {
             "kl_coef": weight,
+            "sampler_corrected_ratio": _corrected_ratio(weights, old - mu, mask, config),
             "reward_per_sequence": float(rewards.sum(dim=1).mean()),
             "advantage_mean": float(masked_mean(lessons.advantages, mask)),
             "advantage_std": float(masked_var(lessons.advantages, mask).sqrt()),
@@ -183,6 +187,8 @@ class _Lessons:
 
     advantages: Tensor
     returns: Tensor
+    rows: Tensor
+    """[B] False where a response teaches nothing."""
 
 
 def _prepare_scores(batch: RolloutBatch, config: PpoConfig, normaliser: Normaliser | None) -> Tensor:
@@ -202,7 +208,8 @@ def _learn_from_values(rewards: Tensor, values: Tensor, value_mask: Tensor, conf
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
     advantages = estimate_advantages(rewards, values, value_mask, gamma=config.gamma, lam=config.lam)
-    return _Lessons(advantages, compute_returns(advantages, values, value_mask))
+    returns = compute_returns(advantages, values, value_mask)
+    return _Lessons(advantages, returns, torch.ones(len(rewards), dtype=torch.bool))
 
 
 def _compare_groups(rewards: Tensor, batch: RolloutBatch, config: PpoConfig) -> _Lessons:
@@ -212,8 +219,16 @@ def _compare_groups(rewards: Tensor, batch: RolloutBatch, config: PpoConfig) -> 
     totals, groups = rewards.sum(dim=1), torch.tensor(batch.group_ids())
     _, group, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     # A response whose siblings were all dropped has nobody to be compared with, and teaches nothing.
-    advantages = group_advantages(totals, groups, kind=config.advantage, mask=sizes[group] > 1)
-    return _Lessons(advantages[:, None].expand_as(rewards), rewards)
+    compared = sizes[group] > 1
+    advantages = group_advantages(totals, groups, kind=config.advantage, mask=compared)
+    return _Lessons(advantages[:, None].expand_as(rewards), rewards, compared)
+
+
+def _whiten_taught(lessons: _Lessons, mask: Tensor, config: PpoConfig) -> Tensor:
+    """Return the [B, T] advantages, whitened over the responses that teach something if the configuration says so."""
+    taught = mask & lessons.rows[:, None]
+    whitens = config.whitens_advantages and bool(taught.any())
+    return masked_whiten(lessons.advantages, taught) if whitens else lessons.advantages
 
 
 def _kl_figures(old: Tensor, ref: Tensor, mask: Tensor) -> dict[str, float]:
@@ -224,6 +239,13 @@ def _kl_figures(old: Tensor, ref: Tensor, mask: Tensor) -> dict[str, float]:
         "kl_k3_per_token": float(masked_mean(estimate_kl(old, ref, kind="k3"), mask)),
         "kl_per_sequence": float(torch.where(mask, per_token, 0.0).sum(dim=1).mean()),
     }
+
+
+def _corrected_ratio(weights: Tensor, delta: Tensor, mask: Tensor, config: PpoConfig) -> float:
+    """Return the share of tokens whose weight is not what it would be without bounds."""
+    plain = delta.exp() if config.sampler_correction in ("token_tis", "icepop") else torch.ones_like(delta)
+    corrected = (weights - plain).abs() > _ROUNDING * plain
+    return 0.0 if config.sampler_correction == "none" else float(masked_mean(corrected.float(), mask))
 
 
 def _check_mismatch(mean_abs_dlogp: float, limit: float) -> None:

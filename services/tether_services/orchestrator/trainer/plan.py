@@ -22,23 +22,17 @@ __all__ = ["loss_denominator", "plan_epoch", "plan_pretraining"]
 
 
 def plan_epoch(batch: RolloutBatch, order: Tensor, config: PpoConfig, *, max_tokens: int) -> list[Layout]:
-    """Return one pass over the samples: one layout per minibatch.
+    """Return one pass over the samples: one layout per minibatch, and never more of them than samples.
 
     Args:
         batch: The samples.
         order: [S] their random order, which is cut into minibatches.
         config: Says how many minibatches, and what a critic reads.
         max_tokens: Padded tokens of a micro-batch at most.
-
-    Raises:
-        InvalidArgumentError: There are fewer samples than minibatches.
     """
-    if len(batch.samples) < config.minibatches:
-        message = f"{len(batch.samples)} samples cannot make {config.minibatches} minibatches"
-        raise InvalidArgumentError(message, field="ppo.minibatches")
     read_by_critic = value_samples(batch, config.score_placement)
     layouts = []
-    for part in order.tensor_split(config.minibatches):
+    for part in order.tensor_split(min(config.minibatches, len(order))):
         rows = part.tolist()
         policy = build_micro_batches(batch.samples, rows, max_tokens=max_tokens)
         critic: Sequence[MicroBatch] = ()
@@ -65,23 +59,22 @@ def loss_denominator(layout: Layout, config: PpoConfig, *, response_limit: int) 
     return sum(micro.tokens.numel() for micro in layout.policy)
 
 
-def plan_pretraining(rows: Sequence[Sequence[int]], *, num_steps: int, max_tokens: int) -> list[Sequence[MicroBatch]]:
+def plan_pretraining(rows: Sequence[Sample], *, num_steps: int, max_tokens: int) -> list[Sequence[MicroBatch]]:
     """Return the pretraining text of each optimiser step, the rows spread evenly in their order.
 
     Args:
-        rows: Token ids; every token but the first of a row is learned.
+        rows: Their responses are learned, which is every token but the first of a text.
         num_steps: Optimiser steps of the update.
         max_tokens: Padded tokens of a micro-batch at most.
 
     Raises:
-        InvalidArgumentError: There are fewer rows than steps, or a row has fewer than two tokens.
+        InvalidArgumentError: There are fewer rows than steps.
     """
-    if len(rows) < num_steps or min(map(len, rows)) < 2:
-        message = f"{num_steps} optimiser steps need as many rows of pretraining text, each of at least two tokens"
+    if len(rows) < num_steps:
+        message = f"{num_steps} optimiser steps need as many rows of pretraining text, there are {len(rows)}"
         raise InvalidArgumentError(message, field="pretraining")
-    samples = [Sample(row[:1], row[1:]) for row in rows]
     bounds = [len(rows) * k // num_steps for k in range(num_steps + 1)]
     return [
-        build_micro_batches(samples[start:end], range(end - start), max_tokens=max_tokens)
+        build_micro_batches(rows[start:end], range(end - start), max_tokens=max_tokens)
         for start, end in pairwise(bounds)
     ]

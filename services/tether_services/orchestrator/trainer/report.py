@@ -35,7 +35,7 @@ class UpdateReport:
     kl_loss: float
     """Unweighted; NaN where the KL is in the reward."""
     entropy_bonus: float
-    """Mean entropy during the update, unweighted; NaN without `entropy_coef`."""
+    """Entropy during the update, unweighted, reduced as the loss is; NaN without `entropy_coef`."""
     ptx_loss: float
     """Language-model loss on the pretraining text, nats per token."""
     policy_grad_norm: float
@@ -60,7 +60,7 @@ class UpdateReport:
     """Largest |ratio - 1| before the first optimiser step; 0 when the trainer is consistent with itself."""
     score_mean: float
     reward_per_sequence: float
-    """Score minus weighted KL, mean over sequences."""
+    """Shaped score minus weighted KL where that is in the reward, mean over sequences."""
     kl_coef: float
     """Weight of the KL for this batch."""
     entropy: float
@@ -78,7 +78,9 @@ class UpdateReport:
     gen_kl: float
     """KL of the generator to the trainer, per token, by k3."""
     outlier_ratio: float
-    """Share of samples with a token on which generator and trainer differ 100-fold or more."""
+    """Share of samples with a token on which generator and trainer differ by a factor above 100 or below 1e-4."""
+    sampler_corrected_ratio: float
+    """Share of tokens that the sampler correction truncated or left out, 0 to 1."""
     value_mean: float
     explained_variance: float
     """Of the returns by the values, at most 1; NaN where all returns are equal."""

@@ -134,44 +134,43 @@ class Trainer:
                 is 0.
 
         Raises:
-            InvalidArgumentError: A sample is outside its range, there are fewer samples than minibatches, or there is
-                too little pretraining text.
+            InvalidArgumentError: A sample or the pretraining text is outside its range, or there is too little text.
             FailedPreconditionError: Something is not finite, generator and trainer disagree, or the schedule has ended.
                 The optimiser step at fault was not taken; steps before it in the same update were.
         """
         self._check(batch.samples)
         epochs = [self._new_epoch(batch) for _ in range(self._ppo.epochs)]
-        layouts, steps = (
-            [layout for epoch in epochs for layout in epoch],
-            self._policy_steps(batch, epochs, pretraining),
-        )
+        layouts = [layout for epoch in epochs for layout in epoch]
+        steps = self._policy_steps(batch, layouts, pretraining)
         rates = [self._learning_rates(index) for index in range(len(layouts))]
         experience = prepare_experience(
             self._model, batch, epochs[0], self._ppo, kl_coef=self._kl.kl_coef, normaliser=self._normaliser
         )
         taken: list[Figures] = []
         for layout, step, rate in zip(layouts, steps, rates, strict=True):
-            figures = self._take_step(experience, layout, step, rate)
+            figures = self._take_step(experience, layout, step, rate, may_stop=bool(taken))
             if figures is None:
                 break
             taken.append(figures)
         self.num_updates += 1
-        self._kl.update(experience.figures["kl_per_sequence"], len(batch.samples))
+        if any(steps):  # the weight does not follow a policy that may not move
+            self._kl.update(experience.figures["kl_per_sequence"], len(batch.samples))
         counts = {"num_samples": len(batch.samples), "num_tokens": experience.advantages.numel()}
         last = {f"{name}_learning_rate": rates[len(taken) - 1].get(name, math.nan) for name in ("policy", "critic")}
         scores = {"score_mean": sum(batch.scores) / len(batch.scores)}
         return summarise(taken, {**experience.figures, **last, **counts, **scores})
 
     def _policy_steps(
-        self, batch: RolloutBatch, epochs: Sequence[Sequence[Layout]], pretraining: Sequence[Sequence[int]]
+        self, batch: RolloutBatch, layouts: Sequence[Layout], pretraining: Sequence[Sequence[int]]
     ) -> list[PolicyStep | None]:
         """Return what each optimiser step of the policy is made of; None while only the critic learns."""
-        layouts = [layout for epoch in epochs for layout in epoch]
         if self._ppo.has_critic and self.num_updates < self._ppo.critic_warmup_steps:
             return [None] * len(layouts)
         texts: list[Sequence[MicroBatch]] = [()] * len(layouts)
         if self._ppo.ptx_coef:
-            texts = plan_pretraining(pretraining, num_steps=len(layouts), max_tokens=self._config.micro_batch_tokens)
+            rows = [Sample(row[:1], row[1:]) for row in pretraining]
+            self._check(rows, field="pretraining")
+            texts = plan_pretraining(rows, num_steps=len(layouts), max_tokens=self._config.micro_batch_tokens)
         limit = batch.response_limit
         return [
             PolicyStep(self._kl.kl_coef, loss_denominator(layout, self._ppo, response_limit=limit), text)
@@ -199,9 +198,22 @@ class Trainer:
         return {name: factor * rates[name] for name in self._trained}
 
     def _take_step(
-        self, experience: Experience, layout: Layout, step: PolicyStep | None, rates: dict[str, float]
+        self,
+        experience: Experience,
+        layout: Layout,
+        step: PolicyStep | None,
+        rates: dict[str, float],
+        *,
+        may_stop: bool,
     ) -> Figures | None:
         """Take one optimiser step and return its figures; None, and no step, once the policy has moved by `target_kl`.
+
+        Args:
+            experience: What is learned.
+            layout: The micro-batches of the step.
+            step: What the policy learns besides; None: only the critic learns.
+            rates: Learning rate of each adapter.
+            may_stop: False for the first step of an update, whose policy has not moved.
 
         Raises:
             FailedPreconditionError: A loss or gradient is not finite; no optimiser has stepped then.
@@ -209,7 +221,8 @@ class Trainer:
         for optimiser in self._optimisers.values():
             optimiser.clear()
         figures = self._learner.accumulate(experience, layout, step)
-        if self._ppo.target_kl is not None and figures.get("approx_kl", 0.0) > self._ppo.target_kl:
+        limit = self._ppo.target_kl
+        if limit is not None and may_stop and figures.get("approx_kl", 0.0) > limit:
             return None
         stepping = {n: o for n, o in self._optimisers.items() if n != "policy" or step is not None}
         figures |= {f"{name}_grad_norm": optimiser.clip() for name, optimiser in stepping.items()}
@@ -284,7 +297,8 @@ class Trainer:
             self._average.load(_with_prefix(checkpoint.weights, "average/"))
         if self._normaliser is not None:
             self._normaliser = Normaliser(*state["score_moments"])
-        self._kl.kl_coef = state["kl_coef"]
+        if self._ppo.kl_target is not None:
+            self._kl.kl_coef = state["kl_coef"]
         self._generator.set_state(checkpoint.optimiser["rng"])
         self.num_updates = state["num_updates"]
 
@@ -320,8 +334,8 @@ class Trainer:
         order = torch.randperm(len(batch.samples), generator=self._generator)
         return plan_epoch(batch, order, self._ppo, max_tokens=self._config.micro_batch_tokens)
 
-    def _check(self, samples: Sequence[Sample]) -> None:
-        check_samples(samples, vocab_size=self._model.vocab_size, max_length=self._model.max_length)
+    def _check(self, samples: Sequence[Sample], *, field: str = "samples") -> None:
+        check_samples(samples, vocab_size=self._model.vocab_size, max_length=self._model.max_length, field=field)
 
     def _per_sample(self, samples: Sequence[Sample], forward: Callable[[MicroBatch], Tensor]) -> list[Tensor]:
         """Return the [N] results of a forward pass split by sample."""
@@ -334,8 +348,8 @@ class Trainer:
 def new_kl_controller(config: PpoConfig) -> KlController:
     """Return the controller of the KL's weight."""
     if config.kl_target is None:
-        return FixedKl(config.kl_coef)
-    return AdaptiveKl(config.kl_coef, config.kl_target, config.kl_horizon)
+        return FixedKl(config.first_kl_coef)
+    return AdaptiveKl(config.first_kl_coef, config.kl_target, config.kl_horizon)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
