@@ -30,7 +30,7 @@ test: install ## all tests, real vLLM included where it is installed
 
 bench: install ## the benchmark tables, about 40 minutes on two cores
 	$(BIN)/python benchmarks/demo_seeds.py
-	$(BIN)/python benchmarks/learning.py methods --steps 40
+	$(BIN)/python benchmarks/learning.py methods
 	$(BIN)/python benchmarks/learning.py frontier
 	$(BIN)/python benchmarks/learning.py ptx
 

@@ -69,10 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     studies = parser.add_subparsers(dest="study", required=True)
-    methods = _add_study(studies, "methods", seeds=[0, 1, 2, 3, 4])
+    methods = _add_study(studies, "methods", seeds=[0, 1, 2, 3, 4], steps=40)
     methods.add_argument("--kl-target", type=float, default=6.0, help="nats per response")
-    methods.add_argument("--kl-horizon", type=float, default=640.0, help="at 64 responses a step, 2 %% a step")
-    methods.add_argument("--kl-coef", type=float, default=0.5, help="where the controller begins")
+    methods.add_argument("--kl-horizon", type=float, default=320.0, help="at 64 responses a step, 4 %% a step")
+    methods.add_argument("--kl-coef", type=float, default=0.7, help="where the controller begins")
     frontier = _add_study(studies, "frontier", seeds=[0])
     frontier.add_argument("--kl-coefs", type=float, nargs="+", default=[0.15, 0.25, 0.4, 0.8, 1.6])
     ptx = _add_study(studies, "ptx", seeds=[0, 1, 2])
@@ -82,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_study(studies: Any, name: str, *, seeds: list[int]) -> argparse.ArgumentParser:
+def _add_study(studies: Any, name: str, *, seeds: list[int], steps: int = 24) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = studies.add_parser(name)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
-    parser.add_argument("--steps", type=int, default=24, help="PPO steps of each run")
+    parser.add_argument("--steps", type=int, default=steps, help="PPO steps of each run")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     parser.add_argument("--figures", type=Path, help="folder of the plot; the output folder if not given")
     parser.add_argument("--threads", type=int, default=1, help="of each deployment")

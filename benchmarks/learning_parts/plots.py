@@ -49,12 +49,14 @@ def draw_methods(results: Mapping[str, Sequence[RunResult]], *, kl_target: float
 def draw_frontier(ppo: Sequence[FrontierPoint], best_of_n: Sequence[FrontierPoint]) -> Figure:
     """Return held-out score against KL: PPO at several leashes beside best-of-n, with one standard error."""
     figure, (panel,) = _new_figure(1, width=7.2)
-    for colour, label, points in ((_COLOURS[0], "PPO", ppo), (_COLOURS[4], "best of n", best_of_n)):
+    # Labels stand away from the other curve: those of PPO below it, those of best-of-n, which is steeper, above.
+    groups = ((_COLOURS[0], "PPO", ppo, (6, -11)), (_COLOURS[4], "best of n", best_of_n, (-4, 7)))
+    for colour, label, points, offset in groups:
         ordered = sorted(points)
         kls, scores, errors, texts = (list(column) for column in zip(*ordered, strict=True))
         panel.errorbar(kls, scores, yerr=errors, color=colour, marker="o", markersize=4.5, label=label, elinewidth=1)
         for kl, score, text in zip(kls, scores, texts, strict=True):
-            panel.annotate(text, (kl, score), xytext=(6, -11), textcoords="offset points", fontsize=8, color=_SOFT)
+            panel.annotate(text, (kl, score), xytext=offset, textcoords="offset points", fontsize=8, color=_SOFT)
     _style(panel, title="Score against KL", unit="held-out prompts, mean and standard error", x="nats per 64 tokens")
     panel.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
