@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tether.errors import (
+    CancelledError,
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
@@ -47,6 +48,15 @@ def test_a_service_that_is_away_or_full_is_called_again(kind: type[TetherError])
     operation, made = fails_then_answers(kind("x"), kind("y"))
     assert call(operation) == "answer"
     assert len(made) == 3
+
+
+def test_a_service_that_ends_its_calls_when_it_stops_is_away_and_the_run_is_not_cancelled() -> None:
+    operation, made = fails_then_answers(CancelledError("CANCELLED"))
+    assert call(operation) == "answer"
+    assert len(made) == 2
+    operation, _ = fails_then_answers(*(CancelledError("CANCELLED") for _ in range(9)))
+    with pytest.raises(UnavailableError, match="UNAVAILABLE after 4 attempts"):
+        call(operation, retries=3)
 
 
 def test_repeats_are_bounded_and_the_error_names_service_address_and_count() -> None:

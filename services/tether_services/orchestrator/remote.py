@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from tether.adapter import AdapterClient
 from tether.channel import ServiceClient
-from tether.errors import ResourceExhaustedError, TetherError, UnavailableError
+from tether.errors import CancelledError, ResourceExhaustedError, TetherError, UnavailableError
 from tether.generator import GeneratorClient
 from tether.reference import ReferenceClient
 from tether.reward import RewardClient
@@ -64,7 +64,8 @@ class Remote(Generic[ClientT]):
         while True:
             try:
                 return await operation(self.client)
-            except (UnavailableError, ResourceExhaustedError) as error:
+            except (UnavailableError, ResourceExhaustedError, CancelledError) as caught:
+                error = as_unavailable(caught)
                 if attempt == self.retries.max_retries:
                     raise self.named(error, after=attempt + 1) from error
                 await asyncio.sleep(self.retries.delay(attempt, error))
@@ -77,6 +78,17 @@ class Remote(Generic[ClientT]):
         tries = f" after {after} attempts" if after > 1 else ""
         message = f"{self.name} at {self.client.target}: {error.code.name}{tries}: {error.message}"
         return type(error)(message, reason=error.reason, violations=error.violations)
+
+
+def as_unavailable(error: TetherError) -> TetherError:
+    """Return the error; in place of CANCELLED, that the service is unavailable.
+
+    Nobody here cancels a call and still waits for its answer: a service that stops ends its calls in this way. Left as
+    it is, the run would seem to have been cancelled.
+    """
+    if not isinstance(error, CancelledError):
+        return error
+    return UnavailableError(f"the service ended the call: {error.message}")
 
 
 @dataclass(frozen=True, slots=True)
