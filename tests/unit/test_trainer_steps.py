@@ -91,7 +91,9 @@ def test_the_critic_learns_alone_during_its_warm_up(base: Path) -> None:
         assert any(not tensor.equal(after["critic"][name]) for name, tensor in before["critic"].items())
         assert math.isnan(report.policy_loss)
         assert math.isnan(report.policy_grad_norm)
+        assert math.isnan(report.policy_learning_rate)
         assert report.critic_grad_norm > 0.0
+        assert report.critic_learning_rate > 0.0
     assert any(not tensor.equal(states[3]["policy"][name]) for name, tensor in states[2]["policy"].items())
     assert reports[2].policy_grad_norm > 0.0
     assert reports[2].first_ratio_deviation == 0.0

@@ -36,7 +36,7 @@ STEP_METRICS: dict[str, str] = {
     "ppo_grad_norm": "the same of all but the pretraining text; only with ptx_coef",
     "ptx_grad_norm": "the same of the weighted loss on the pretraining text; only with ptx_coef",
     "critic_grad_norm": "before clipping, mean over optimiser steps",
-    "policy_learning_rate": "of the last optimiser step",
+    "policy_learning_rate": "of the last optimiser step; absent while only the critic learns",
     "critic_learning_rate": "of the last optimiser step",
     "approx_kl": "between the policy before and during the update, nats per token",
     "clip_fraction": "share of tokens whose clipped side counts",
@@ -77,8 +77,14 @@ OPTIONAL_METRICS = frozenset(
     {
         *("policy_loss", "policy_grad_norm", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_max"),
         *("first_ratio_deviation", "kl_loss", "entropy_bonus", "ptx_loss", "ppo_grad_norm", "ptx_grad_norm"),
-        *("value_loss", "critic_grad_norm", "critic_learning_rate", "value_clip_fraction", "value_mean"),
-        *("explained_variance", "torch_allocated_bytes", "torch_reserved_bytes", "torch_peak_allocated_bytes"),
+        *("value_loss", "critic_grad_norm", "value_clip_fraction", "value_mean", "explained_variance"),
+        *(
+            "policy_learning_rate",
+            "critic_learning_rate",
+            "torch_allocated_bytes",
+            "torch_reserved_bytes",
+            "torch_peak_allocated_bytes",
+        ),
     }
 )
 """Those that a step may lack."""

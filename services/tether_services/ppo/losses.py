@@ -135,9 +135,9 @@ def value_loss(
     Source: D23.
     """
     check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    kept, old = mask.bool(), at_least_float32(old_values.detach())
+    kept = mask.bool()
     new = torch.where(kept, at_least_float32(values), 0.0)
-    old, targets = (torch.where(kept, at_least_float32(x.detach()), 0.0) for x in (old, returns))
+    old, targets = (torch.where(kept, at_least_float32(x.detach()), 0.0) for x in (old_values, returns))
     free = (new - targets) ** 2
     clipped = (new.clamp(old - clip_range, old + clip_range) - targets) ** 2
     fraction = _share(clipped > free, kept)

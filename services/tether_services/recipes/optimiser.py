@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from tether_services.ppo.schedules import learning_rate_factor
 
 FINAL_SHARE = 0.1
 """The schedule ends at this share of the peak learning rate."""
@@ -27,8 +28,9 @@ def schedule_factor(step: int, *, num_steps: int, warmup_steps: int) -> float:
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return FINAL_SHARE + (1.0 - FINAL_SHARE) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return learning_rate_factor(
+        step, kind="cosine", total_steps=num_steps, warmup_steps=warmup_steps, minimum=FINAL_SHARE
+    )
 
 
 def fine_tuning_optimisers(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[Optimizer]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-__all__ = ["EXTREMES", "UpdateReport", "summarise"]
+__all__ = ["UpdateReport", "summarise"]
 
-EXTREMES = ("ratio_max",)
+_EXTREMES = ("ratio_max",)
 """Figures of optimiser steps of which the largest is reported, and not the mean."""
 
 
@@ -27,7 +27,7 @@ class UpdateReport:
     num_optimizer_steps: int
     """Taken; fewer than planned where `target_kl` ended the update."""
     policy_learning_rate: float
-    """Of the last optimiser step."""
+    """Of the last optimiser step; NaN while only the critic learns."""
     critic_learning_rate: float
     """Of the last optimiser step."""
     policy_loss: float
@@ -117,7 +117,7 @@ def summarise(steps: Sequence[Mapping[str, float]], batch_figures: Mapping[str, 
     figures: dict[str, float] = {}
     for name in _OF_STEPS:
         found = [step[name] for step in steps if name in step]
-        combine = max if name in EXTREMES else _mean
+        combine = max if name in _EXTREMES else _mean
         figures[name] = combine(found) if found else math.nan
     deviation = steps[0].get("ratio_deviation", math.nan)
     return UpdateReport(

@@ -153,10 +153,12 @@ class Trainer:
                 break
             taken.append(figures)
         self.num_updates += 1
-        if any(steps):  # the weight does not follow a policy that may not move
+        moved = {"policy": any(steps), "critic": self._ppo.has_critic}
+        if moved["policy"]:  # the weight does not follow a policy that may not move
             self._kl.update(experience.figures["kl_per_sequence"], len(batch.samples))
         counts = {"num_samples": len(batch.samples), "num_tokens": experience.advantages.numel()}
-        last = {f"{name}_learning_rate": rates[len(taken) - 1].get(name, math.nan) for name in ("policy", "critic")}
+        last_rates = rates[len(taken) - 1]
+        last = {f"{name}_learning_rate": last_rates[name] if moved[name] else math.nan for name in moved}
         scores = {"score_mean": sum(batch.scores) / len(batch.scores)}
         return summarise(taken, {**experience.figures, **last, **counts, **scores})
 

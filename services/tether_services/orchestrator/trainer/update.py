@@ -28,7 +28,7 @@ __all__ = ["Learner", "PolicyStep"]
 Figures = dict[str, float]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PolicyStep:
     """What one optimiser step of the policy is made of, besides the experience."""
 
