@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tether_services.orchestrator.run_files import RunFiles, write_text
+from tether_services.orchestrator.run_files import RunFiles
+from tether_services.runtime.durable import write_text
 
 
 def filled(folder: Path, *versions: int) -> RunFiles:

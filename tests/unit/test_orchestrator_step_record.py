@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.run_inputs import scored_sample
 from tether.errors import FailedPreconditionError
-from tether_services.orchestrator.loop import check_update
+from tether_services.orchestrator.loop import check_update, warn_of_mismatch
 from tether_services.orchestrator.publishing import PushFigures
 from tether_services.orchestrator.rollouts import Rollout, Span
 from tether_services.orchestrator.step_metrics import DROP_REASONS, OPTIONAL_METRICS, STEP_METRICS
@@ -111,6 +111,18 @@ def test_d1_a_first_step_whose_policy_is_not_the_reference_is_refused() -> None:
         with pytest.raises(FailedPreconditionError) as caught:
             check_update(update_report(**({"kl_per_token": 0.0, "kl_k3_per_token": 0.0} | figures)), 0, limit=0.05)
         assert caught.value.reason == "REFERENCE_MISMATCH"
+
+
+def test_a_generator_that_drifts_from_the_trainer_is_warned_of_by_the_figures_that_show_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    usual = {"mean_abs_dlogp": 0.02, "mult_prob_error": 1.02, "gen_kl": 5e-3}
+    warn_of_mismatch(update_report(**usual), 3, run_id="run-1")
+    assert not caplog.records
+    warn_of_mismatch(update_report(**usual | {"mult_prob_error": 1.03, "gen_kl": 6e-3}), 3, run_id="run-1")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.__dict__["fields"] == {"run_id": "run-1", "step": 3, "mult_prob_error": 1.03, "gen_kl": 6e-3}
 
 
 def test_every_figure_has_a_meaning_and_stands_in_the_readme() -> None:

@@ -16,6 +16,7 @@ from tether_services.orchestrator.rollouts import Rollout
 from tether_services.orchestrator.session import Session
 from tether_services.orchestrator.step_record import StepClock, summarise_step
 from tether_services.orchestrator.trainer import RolloutBatch, Sample, UpdateReport
+from tether_services.ppo.mismatch import WARNING_LIMITS
 from tether_services.runtime.logging import log_event
 
 __all__ = ["run_step", "run_training", "to_batch"]
@@ -52,6 +53,7 @@ async def run_step(session: Session, step: int) -> StepRecord:
     with clock.phase("train", step):
         update = await session.thread.run(session.trainer.update, batch, rows)
         check_update(update, step, limit=session.config.ppo.mismatch_limit)
+        warn_of_mismatch(update, step, run_id=session.attempt.run_id)
     with clock.phase("checkpoint", step):
         await session.thread.run(session.trainer.save_checkpoint, session.files.checkpoint(step + 1))
     with clock.phase("push", step):
@@ -101,6 +103,14 @@ def check_update(update: UpdateReport, step: int, *, limit: float) -> None:
             " the reference service computes other log-probabilities than the trainer; compare temperature and model"
         )
         raise FailedPreconditionError(message, reason="REFERENCE_MISMATCH")
+
+
+def warn_of_mismatch(update: UpdateReport, step: int, *, run_id: str) -> None:
+    """Log the figures by which generator and trainer differ more than is usual; `mismatch_limit` stops a run."""
+    figures = update.as_dict()
+    above = {name: figures[name] for name, limit in WARNING_LIMITS.items() if figures[name] > limit}
+    if above:
+        log_event(log, "generator and trainer differ", level=logging.WARNING, run_id=run_id, step=step, **above)
 
 
 def stop_if_cancelled(session: Session) -> None:

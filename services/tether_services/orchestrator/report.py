@@ -13,8 +13,9 @@ from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.records import RunState, StepRecord
 from tether_services.orchestrator.report_page import render_page
 from tether_services.orchestrator.run_config import parse_run_config
-from tether_services.orchestrator.run_files import RunFiles, write_text
+from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.step_metrics import DROP_REASONS
+from tether_services.runtime.durable import write_text
 
 __all__ = ["build_report", "write_report"]
 

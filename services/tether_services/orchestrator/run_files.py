@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunFiles", "write_text"]
+from tether_services.runtime.durable import write_text
+
+__all__ = ["RunFiles"]
 
 
 class RunFiles:
@@ -68,17 +68,3 @@ class RunFiles:
             return None
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary sibling is flushed to disk and renamed."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # an interruption too must leave nothing half-done
-        Path(temporary).unlink(missing_ok=True)
-        raise

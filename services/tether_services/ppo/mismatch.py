@@ -16,13 +16,15 @@ from torch import Tensor
 
 from tether_services.ppo.statistics import at_least_float32, check_same_shape, masked_mean
 
-__all__ = ["SamplerCorrection", "mismatch_metrics", "sampler_weights"]
+__all__ = ["WARNING_LIMITS", "SamplerCorrection", "mismatch_metrics", "sampler_weights"]
 
 SamplerCorrection = Literal["none", "token_tis", "icepop", "token_mask", "sequence_mask_geometric"]
 _MAX_LOG_RATIO = 20.0
 """Clamp before the exponential, which stays finite in float32."""
 _OUTLIER_RATIOS = (1e-4, 100.0)
 """A response with a token outside is counted (novasky-ai/SkyRL drops it)."""
+WARNING_LIMITS = {"mean_abs_dlogp": 0.02, "mult_prob_error": 1.02, "gen_kl": 5e-3}
+"""Figures of `mismatch_metrics` above which generator and trainer are worth a look, chosen for equal precision."""
 
 
 def _delta(old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tether.errors import FailedPreconditionError, NotFoundError
-from tether_services.orchestrator.trainer.files import write_directory
+from tether_services.runtime.durable import write_directory
 
 __all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
 

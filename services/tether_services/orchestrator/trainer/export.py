@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.trainer.critic_start import LoraShape
-from tether_services.orchestrator.trainer.files import write_directory
+from tether_services.runtime.durable import write_directory
 
 __all__ = ["AdapterFile", "AdapterFiles", "export_adapter"]
 

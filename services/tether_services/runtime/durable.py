@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tether.errors import FailedPreconditionError
 
-__all__ = ["write_directory"]
+__all__ = ["flush_folder", "write_directory", "write_text"]
 
 
 def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
@@ -29,13 +29,13 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for name, content in files.items():
-            _write_flushed(staging / name, content)
-        _flush_directory(staging)
+            (staging / name).write_bytes(content)
+        flush_folder(staging)
         staging.rename(target)
     except BaseException:  # an interruption too must leave nothing half-done
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush_directory(target.parent)
+    _flush(target.parent)
 
 
 def _holds(target: Path, files: Mapping[str, bytes]) -> bool:
@@ -44,14 +44,28 @@ def _holds(target: Path, files: Mapping[str, bytes]) -> bool:
     return all((target / name).read_bytes() == content for name, content in files.items())
 
 
-def _write_flushed(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary sibling is flushed to disk and renamed."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interruption too must leave nothing half-done
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
 
 
-def _flush_directory(path: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Bring every file and folder below, and the folder itself, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

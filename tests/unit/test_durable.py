@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tether.errors import FailedPreconditionError
-from tether_services.orchestrator.trainer.files import write_directory
+from tether_services.runtime.durable import write_directory
 
 FILES = {"a.json": b"{}", "b.safetensors": b"\x00" * 100}
 
