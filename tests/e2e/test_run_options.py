@@ -37,13 +37,13 @@ ptx_rows = 2
 TRAINER = 'schedule = "cosine"\nwarmup_steps = 1\nema_decay = 0.9\noptimizer = "adamw_8bit"\n'
 
 
-def watch(folder: Path, *, ppo: str, trainer: str = "", extra: str = "") -> list[StepEvent]:
+def watch(folder: Path, *, ppo: str, trainer: str = "", extra: str = "", quantization: str = "none") -> list[StepEvent]:
     """Return the steps of a run that succeeded."""
     model, prompts = write_tiny_policy(folder / "policy"), write_word_prompts(folder / "prompts.txt")
     text = small_run_toml(model, prompts, extra, ppo=ppo, trainer=trainer)
 
     async def scenario() -> list[StepEvent]:
-        async with world(model, folder / "runs") as w:
+        async with world(model, folder / "runs", quantization=quantization) as w:
             await w.client.start_run("demo", text)
             steps, end = await w.watch("demo")
             assert end.state == "succeeded", end.error
@@ -69,6 +69,18 @@ def test_a_run_with_every_option_of_a_critic_succeeds_and_shows_their_figures(tm
     last = load_file(tmp_path / "runs" / "demo" / "adapters" / "000003" / "adapter_model.safetensors")
     assert average.keys() == last.keys()
     assert any(not average[name].equal(last[name]) for name in last)
+
+
+@pytest.mark.parametrize(("quantization", "limit"), [("nf4", 1e-3), ("int8", 0.05)])
+def test_a_run_on_a_quantised_base_agrees_with_its_services(tmp_path: Path, quantization: str, limit: float) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the quant extra")
+    trainer = f'quantization = "{quantization}"\n'
+    steps = watch(tmp_path, ppo="", trainer=trainer, extra="evaluation = false", quantization=quantization)
+    assert abs(steps[0].metrics["kl_per_token"]) < limit
+    for step in steps:
+        assert step.metrics["mean_abs_dlogp"] < limit
+        assert step.metrics["policy_grad_norm"] > 0.0
+    assert steps[-1].metrics["kl_k3_per_token"] > steps[0].metrics["kl_k3_per_token"], "the adapter has moved"
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo"])

@@ -74,9 +74,9 @@ class World:
 
 @asynccontextmanager
 async def world(
-    model: Path, state_dir: Path, *, reward_address: str = "", one_by_one: bool = False
+    model: Path, state_dir: Path, *, reward_address: str = "", one_by_one: bool = False, quantization: str = "none"
 ) -> AsyncIterator[World]:
-    async with run_services(model, state_dir, one_by_one=one_by_one) as services:
+    async with run_services(model, state_dir, one_by_one=one_by_one, quantization=quantization) as services:
         changes = {"reward_address": reward_address} if reward_address else {}
         settings = services.settings.model_copy(update=changes)
         async with (

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ def generator_settings(model: Path, **changes: object) -> GeneratorSettings:
 
 @asynccontextmanager
 async def run_services(
-    model: Path, state_dir: Path, *, reference: Path | None = None, one_by_one: bool = False
+    model: Path, state_dir: Path, *, reference: Path | None = None, one_by_one: bool = False, quantization: str = "none"
 ) -> AsyncIterator[RunServices]:
     """Serve generator, reward and reference until the block ends.
 
@@ -66,8 +67,10 @@ async def run_services(
         state_dir: Of the orchestrator.
         reference: Another model for the reference service.
         one_by_one: Nothing shares a batch, so that no number depends on what arrives at the same time.
+        quantization: Of generator and reference.
     """
-    alone = {"batch": {"max_items": 1}} if one_by_one else {}
+    alone: dict[str, Any] = {"batch": {"max_items": 1}} if one_by_one else {}
+    alone |= {"quantization": quantization}
     generating = generator_settings(model, **alone)
     rewarding = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
     referring = ReferenceSettings.model_validate({**LOCAL, "model": str(reference or model), **alone})

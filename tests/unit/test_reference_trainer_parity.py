@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,9 @@ from tether_services.reference.engines.transformers import TransformersReference
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 
-def reference_logprobs(folder: Path, tasks: list[LogprobTask]) -> list[TaskLogprobs]:
+def reference_logprobs(folder: Path, tasks: list[LogprobTask], **settings: Any) -> list[TaskLogprobs]:
     async def main() -> list[TaskLogprobs]:
-        engine = TransformersReferenceEngine(ReferenceSettings(model=str(folder)))
+        engine = TransformersReferenceEngine(ReferenceSettings(model=str(folder), **settings))
         await engine.start()
         try:
             return await engine.compute_logprobs(tasks)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tether_services.runtime.batching import BatchSettings
+from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
 PROGRAM = "tether serve generator"
@@ -16,6 +17,7 @@ IGNORED_KEYS = {
     "fake": (
         "model",
         "dtype",
+        "quantization",
         "device",
         "gpu_memory_utilization",
         "batch.max_items",
@@ -69,6 +71,8 @@ class GeneratorSettings(ServerSettings):
     """Folder or hub name of the base model, a causal language model; required except by the fake engine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numeric type of the weights; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    quantization: Quantization = "none"
+    """Precision of the linear layers: as stored, 8 bits or 4 bits (bitsandbytes); take the trainer's."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`, for the transformers engine."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -89,6 +93,8 @@ class GeneratorSettings(ServerSettings):
         """Refuse settings that contradict each other or would be ignored."""
         given = self.model_fields_set | {f"batch.{key}" for key in self.batch.model_fields_set}
         ignored = [key for key in IGNORED_KEYS[self.engine] if key in given]
+        if self.engine == "vllm" and self.quantization == "int8":
+            raise ValueError("vllm quantises to nf4 only: set quantization to nf4, or take the transformers engine")
         if ignored:
             raise ValueError(f"engine = {self.engine} would ignore {', '.join(ignored)}: unset it")
         if self.engine != "fake" and not self.model:

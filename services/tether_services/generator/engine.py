@@ -99,7 +99,7 @@ class EngineDescription:
     stop_token_ids: tuple[int, ...]
     """The model's own end tokens."""
     dtype: str
-    """Numeric type of the weights, for example "float32"."""
+    """Precision of the weights: float32, bfloat16, float16, int8 or nf4."""
     linear_shapes: Mapping[str, tuple[int, int]]
     """(inputs, outputs) of every linear layer that an adapter may change, by full module path."""
 

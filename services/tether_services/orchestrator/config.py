@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
 __all__ = ["OrchestratorSettings", "PpoConfig", "RunConfig", "TrainerConfig"]
@@ -148,6 +149,8 @@ class TrainerConfig(Settings):
     """Padded tokens of a forward pass, 1 or more; bounds memory. A longer sample goes alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Numeric type of the shared base; adapters and value head are float32 always."""
+    quantization: Quantization = "none"
+    """Precision of the linear layers: as stored, 8 bits or 4 bits (bitsandbytes); as generator and reference."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU where there is one."""
     threads: int | None = Field(default=None, ge=1, le=1024)

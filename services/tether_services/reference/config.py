@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tether_services.runtime.batching import BatchSettings
-from tether_services.runtime.model_folder import Dtype
+from tether_services.runtime.model_folder import Dtype, Quantization
 from tether_services.runtime.settings import ServerSettings
 
 PROGRAM = "tether serve reference"
 ENV_PREFIX = "TETHER_REFERENCE__"
-MODEL_KEYS = ("model", "dtype", "device", "forward_tokens")
+MODEL_KEYS = ("model", "dtype", "quantization", "device", "forward_tokens")
 """Settings that the fake engine would ignore."""
 
 
@@ -29,6 +29,8 @@ class ReferenceSettings(ServerSettings):
     """Folder or hub name of the reference policy, a causal language model; required except by the fake engine."""
     dtype: Dtype = "float32"
     """Numeric type of the weights; take the trainer's, or the log-probabilities of the two will differ."""
+    quantization: Quantization = "none"
+    """Precision of the linear layers: as stored, 8 bits or 4 bits (bitsandbytes); take the trainer's."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     max_model_len: int | None = Field(default=None, ge=2)

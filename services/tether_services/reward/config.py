@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tether_services.runtime.batching import BatchSettings
 from tether_services.runtime.checks import NAME_PATTERN
-from tether_services.runtime.model_folder import Dtype
+from tether_services.runtime.model_folder import Dtype, Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
 PROGRAM = "tether serve reward"
@@ -83,6 +83,8 @@ class RewardSettings(ServerSettings):
     """Reward models; the first is the default one. Empty: one model, of `engine` and `model`."""
     dtype: Dtype = "float32"
     """Numeric type of the weights of transformers models."""
+    quantization: Quantization = "none"
+    """Precision of the linear layers: as stored, 8 bits or 4 bits (bitsandbytes)."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     max_items: int = Field(default=64, ge=1, le=1024)

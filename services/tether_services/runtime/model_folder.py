@@ -17,6 +17,8 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 Dtype = Literal["float32", "bfloat16"]
 """Precision of weights and arithmetic; log-probabilities and scores are computed in float32 in any case."""
+Quantization = Literal["none", "int8", "nf4"]
+"""How the weights of the linear layers are kept: as they are, in 8 bits, or in 4 bits (both with bitsandbytes)."""
 
 
 def is_hub_name(name: str) -> bool:

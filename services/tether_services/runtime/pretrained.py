@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from tether.errors import InvalidArgumentError
+from tether_services.runtime.model_folder import Quantization
+
+KEPT_WHOLE = ("lm_head", "score")
+"""Layers that stay as they are in a quantised model: those whose output is the result."""
 
 
 def load_pretrained(
-    kind: Any, folder: Path, *, dtype: str, field: str, may_lack: Collection[str] = (), **options: object
+    kind: Any,
+    folder: Path,
+    *,
+    dtype: str,
+    field: str,
+    may_lack: Collection[str] = (),
+    quantization: Quantization = "none",
+    device: str = "cpu",
+    **options: object,
 ) -> Any:
-    """Return a frozen model in evaluation mode; only safetensors are read and no code from the folder runs.
+    """Return a frozen model in evaluation mode on its device; only safetensors are read, no code of the folder runs.
 
     Args:
         kind: The transformers class, for example AutoModelForCausalLM.
@@ -24,11 +39,16 @@ def load_pretrained(
         dtype: "float32" or "bfloat16".
         field: Name of the setting, for errors.
         may_lack: Names of weights that the folder need not have, because they come from elsewhere.
+        quantization: How the linear layers are kept; output layer and score head stay as they are.
+        device: Where to.
         options: More arguments of `from_pretrained`.
 
     Raises:
-        InvalidArgumentError: The folder does not hold such a model, or lacks some of its weights.
+        InvalidArgumentError: The folder does not hold such a model or lacks some of its weights, or bitsandbytes is
+            needed and not installed.
     """
+    if quantization != "none":
+        options |= {"quantization_config": _quantization_config(quantization, dtype), "device_map": {"": device}}
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -47,4 +67,33 @@ def load_pretrained(
     if missing:  # transformers would fill these with random numbers
         names = ", ".join(missing[:5])
         raise InvalidArgumentError(f"{folder} lacks weights that this kind of model needs: {names}", field=field)
+    model = model.to(device) if quantization == "none" else _with_one_arithmetic(model)
     return model.requires_grad_(False).eval()
+
+
+def _with_one_arithmetic(model: Any) -> Any:
+    """Return the quantised model with the same arithmetic in training and evaluation.
+
+    On processors with bfloat16 instructions the library would repack 4-bit weights at the first evaluation, compute in
+    bfloat16 from then on, and fail on layers whose inputs are not a multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _quantization_config(quantization: Quantization, dtype: str) -> BitsAndBytesConfig:
+    """Return the library's form of the setting: int8 with outliers apart, or nf4 with quantised constants."""
+    if find_spec("bitsandbytes") is None:
+        message = f"{quantization} needs bitsandbytes: pip install 'tether[quant]'"
+        raise InvalidArgumentError(message, field="quantization")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line for each product of float32 inputs
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization == "int8",
+        load_in_4bit=quantization == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=list(KEPT_WHOLE),
+    )

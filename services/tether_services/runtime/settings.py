@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -167,13 +167,15 @@ def parse_arguments(model: type[SettingsT], *, program: str, env_prefix: str, ar
     return settings_from_arguments(model, known, env_prefix=env_prefix)
 
 
-def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --config, --set and --dry-run."""
+def add_settings_arguments(
+    parser: argparse.ArgumentParser, *, dry_run: str = "print the resolved settings and exit"
+) -> None:
+    """Add --config, --set and --dry-run, of which `dry_run` says what it does."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one setting"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
 def settings_from_arguments(model: type[SettingsT], known: argparse.Namespace, *, env_prefix: str) -> SettingsT:
@@ -205,8 +207,8 @@ def describe_settings(model: type[BaseModel], *, env_prefix: str) -> str:
 def _describe(model: type[BaseModel], prefix: str) -> list[str]:
     lines = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = _table(field.annotation)
+        if inner is field.annotation and inner is not None:
             lines += _describe(inner, f"{prefix}{name}.")
             continue
         default = (
@@ -214,7 +216,16 @@ def _describe(model: type[BaseModel], prefix: str) -> list[str]:
         )
         description = " ".join((field.description or "").split())
         lines.append(f"  {prefix}{name} = {default}\n      {description}")
+        if inner is not None:  # a table that may be left out
+            lines += _describe(inner, f"{prefix}{name}.")
     return lines
+
+
+def _table(annotation: Any) -> type[BaseModel] | None:
+    """Return the class of nested settings, also of those that may be None; None for a plain value."""
+    parts = get_args(annotation)
+    options = parts if type(None) in parts else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
 def _plain(value: Any) -> Any:

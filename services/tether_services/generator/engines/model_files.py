@@ -121,7 +121,7 @@ def describe_model(
         max_model_len=files.max_model_len,
         max_lora_rank=settings.adapters.max_rank,
         stop_token_ids=files.stop_token_ids,
-        dtype=files.dtype,
+        dtype=files.dtype if settings.quantization == "none" else settings.quantization,
         linear_shapes=linear_shapes,
     )
 

@@ -120,8 +120,14 @@ class TransformersEngine:
         files = read_model_files(self._settings, on_gpu=device.type == "cuda")
         torch.set_num_threads(self._settings.threads)
         self.codec = HfCodec(files.folder)
-        self._model = load_pretrained(AutoModelForCausalLM, files.folder, dtype=files.dtype, field="model")
-        self._model.to(device)
+        self._model = load_pretrained(
+            AutoModelForCausalLM,
+            files.folder,
+            dtype=files.dtype,
+            field="model",
+            quantization=self._settings.quantization,
+            device=str(device),
+        )
         self.description = describe_model(files, self._settings, find_linear_shapes(self._model))
         self._decoding = DecodingModel(
             forward=self._model,

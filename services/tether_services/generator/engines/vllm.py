@@ -229,6 +229,7 @@ def engine_arguments(
     return {
         "model": str(files.folder),
         "dtype": files.dtype,
+        "quantization": "bitsandbytes" if settings.quantization == "nf4" else None,
         "max_model_len": files.max_model_len,
         "max_num_seqs": settings.batch.max_items + SPARE_SEQUENCES,
         "gpu_memory_utilization": settings.gpu_memory_utilization or (CPU_MEMORY_SHARE if on_cpu else GPU_MEMORY_SHARE),

@@ -21,29 +21,38 @@ from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.orchestrator.config import TrainerConfig
 from tether_services.orchestrator.trainer.critic_start import CriticStart, LoraShape
 from tether_services.ppo.statistics import at_least_float32
+from tether_services.runtime.model_folder import Quantization
+from tether_services.runtime.pretrained import load_pretrained
 
 __all__ = ["AdapterName", "SharedModel", "check_no_dropout", "load_base"]
 
 AdapterName = Literal["policy", "critic", "reference"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD_TOLERANCE = 1e-3
 """Relative; far above rounding and far below any change that a model makes to its logits on purpose."""
 
 
-def load_base(folder: Path, *, dtype: str) -> Any:
+def load_base(folder: Path, *, dtype: str, quantization: Quantization = "none", device: str = "cpu") -> Any:
     """Return the causal language model in `folder` in evaluation mode, with every dropout set to 0.
 
-    Only safetensors weights are read and no code from the folder runs.
+    Only safetensors weights are read and no code from the folder runs. A quantised base is on its device at once.
+
+    Raises:
+        InvalidArgumentError: The folder does not hold such a model.
     """
     source = {"local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(folder, **source)
     for name in [n for n in config.to_dict() if n.endswith(("dropout", "pdrop", "dropout_prob"))]:
         setattr(config, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=_DTYPES[dtype], use_safetensors=True, **source
+    return load_pretrained(
+        AutoModelForCausalLM,
+        folder,
+        dtype=dtype,
+        field="model",
+        quantization=quantization,
+        device="cpu" if quantization == "none" else device,  # adapters are drawn on the CPU, before the move
+        config=config,
     )
-    return model.requires_grad_(False).eval()
 
 
 def check_no_dropout(model: nn.Module) -> None:

@@ -79,8 +79,8 @@ class Trainer:
         start = read_critic_start(reward_model, base_sha256=self.base_sha256) if reward_model else None
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            base = load_base(base_model, dtype=config.dtype)
             device = pick_device(config.device)
+            base = load_base(base_model, dtype=config.dtype, quantization=config.quantization, device=device)
             self._model = SharedModel(base, config, device=device, has_critic=ppo.has_critic, critic_start=start)
         self._config, self._ppo, self._total_steps = config, ppo, total_steps
         self._generator = torch.Generator().manual_seed(config.seed)

@@ -25,6 +25,8 @@ ResultT = TypeVar("ResultT")
 
 HEAD_TOLERANCE = 1e-3
 """Relative; far above rounding and far below any change that a model makes to its logits on purpose."""
+COARSE_TOLERANCE = 0.05
+"""The same in bfloat16, and in 8 bits, where a batch decides together which columns are outliers."""
 
 
 class TransformersReferenceEngine:
@@ -73,9 +75,16 @@ class TransformersReferenceEngine:
         folder = find_model_folder(settings.model, field="model")
         sha256 = hash_model_folder(folder)
         self._device = pick_device(settings.device)
-        model = load_pretrained(AutoModelForCausalLM, folder, dtype=settings.dtype, field="model")
-        self._model = model.to(self._device)
-        _check_output_layer(self._model, self._device)
+        self._model = model = load_pretrained(
+            AutoModelForCausalLM,
+            folder,
+            dtype=settings.dtype,
+            field="model",
+            quantization=settings.quantization,
+            device=self._device,
+        )
+        coarse = settings.dtype != "float32" or settings.quantization == "int8"
+        _check_output_layer(model, self._device, tolerance=COARSE_TOLERANCE if coarse else HEAD_TOLERANCE)
         return EngineDescription(
             engine="transformers",
             base_model=folder.name if Path(settings.model).is_dir() else settings.model,
@@ -131,7 +140,7 @@ def _response_states(batch: PaddedBatch, tasks: Sequence[LogprobTask]) -> Tensor
 
 
 @torch.inference_mode()
-def _check_output_layer(model: Any, device: str) -> None:
+def _check_output_layer(model: Any, device: str, *, tolerance: float) -> None:
     """Refuse a model whose logits are not those of its output layer, or that looks to the right.
 
     Some models scale or cap their logits after the output layer, and that would be left out here.
@@ -147,7 +156,6 @@ def _check_output_layer(model: Any, device: str) -> None:
     ours = model.get_output_embeddings()(_body(model, moved)[0, :2]).float()
     theirs = model(input_ids=short.token_ids.to(device), use_cache=False).logits[0].float()
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)
-    tolerance = HEAD_TOLERANCE if model.dtype == torch.float32 else 0.05
     if not bool(difference < tolerance):
         raise InvalidArgumentError(
             f"The model's logits differ from those of its output layer by {float(difference):.2g} (relative): "

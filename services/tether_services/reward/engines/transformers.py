@@ -22,7 +22,7 @@ from tether.errors import FieldViolation, InvalidArgumentError, TetherError
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import EngineDescription, ScoreTask
 from tether_services.runtime.content_hash import hash_file, hash_model_folder
-from tether_services.runtime.model_folder import find_model_folder, pick_device
+from tether_services.runtime.model_folder import Quantization, find_model_folder, pick_device
 from tether_services.runtime.padding import PaddedBatch, padded_batches
 from tether_services.runtime.pretrained import load_pretrained
 from tether_services.runtime.settings import Settings, validate
@@ -34,8 +34,9 @@ SCALE_FILE = "tether_reward.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HEAD_WEIGHT = "score.weight"
 """The head of decoder models of sequence classification; an adapter folder brings its own."""
-CAUSAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Largest difference, relative to the score or to 1, that padding on the right may make."""
+CAUSAL_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1}
+"""Largest difference, relative to the score or to 1, that padding on the right may make; in 8 bits a batch decides
+together which columns are outliers."""
 
 
 class RewardScale(Settings):
@@ -122,11 +123,15 @@ class TransformersRewardEngine:
 
     def _load(self) -> EngineDescription:
         found = find_reward_folder(self._path, field=self._field)
-        classifier = load_classifier(found, dtype=self._settings.dtype, field=self._field)
-        self._device = pick_device(self._settings.device)
-        classifier.to(self._device)
+        settings = self._settings
+        self._device = pick_device(settings.device)
+        classifier = load_classifier(
+            found, dtype=settings.dtype, field=self._field, quantization=settings.quantization, device=self._device
+        )
+        if settings.quantization == "none":
+            classifier.to(self._device)  # the adapter too
         self._body, self._head = getattr(classifier, classifier.base_model_prefix), classifier.score
-        self._check_causal(classifier.dtype)
+        self._check_causal("int8" if settings.quantization == "int8" else settings.dtype)
         limits = classifier.config.get_text_config()
         longest = int(limits.max_position_embeddings)
         return EngineDescription(
@@ -149,12 +154,12 @@ class TransformersRewardEngine:
         scores: Tensor = self._head(last)
         return [float(score) for score in scores.squeeze(-1).float().cpu()]
 
-    def _check_causal(self, dtype: torch.dtype) -> None:
+    def _check_causal(self, precision: str) -> None:
         """Refuse a model that looks to the right: padding and batch would change its scores."""
         alone = padded_batches([[5, 6]], max_tokens=64, device=self._device)[0]
         padded = padded_batches([[5, 6], [0, 1, 2, 3, 4]], max_tokens=64, device=self._device)[0]
         first, second = self._forward(alone)[0], self._forward(padded)[0]
-        if not abs(first - second) <= CAUSAL_TOLERANCE[dtype] * max(1.0, abs(first)):
+        if not abs(first - second) <= CAUSAL_TOLERANCE[precision] * max(1.0, abs(first)):
             raise InvalidArgumentError(
                 f"The score of a text changes with padding ({first:g}, {second:g}): the model is not causal, or it "
                 "gives values that are not numbers.",
@@ -201,8 +206,10 @@ def read_scale(folder: Path, *, field: str) -> RewardScale:
         raise InvalidArgumentError(f"{path} is not valid.", violations=violations) from error
 
 
-def load_classifier(found: RewardFolder, *, dtype: str, field: str) -> Any:
-    """Return the frozen classifier with its adapter attached, if it has one.
+def load_classifier(
+    found: RewardFolder, *, dtype: str, field: str, quantization: Quantization = "none", device: str = "cpu"
+) -> Any:
+    """Return the frozen classifier on its device with its adapter attached, if it has one.
 
     Raises:
         InvalidArgumentError: It is not a decoder with a `score` head of one output.
@@ -210,9 +217,15 @@ def load_classifier(found: RewardFolder, *, dtype: str, field: str) -> Any:
     may_lack = (HEAD_WEIGHT,) if found.has_adapter else ()
     if not found.has_adapter:
         _check_one_output(found.folder, field=field)
-    options = {"num_labels": 1} if found.has_adapter else {}
     classifier = load_pretrained(
-        AutoModelForSequenceClassification, found.base, dtype=dtype, field=field, may_lack=may_lack, **options
+        AutoModelForSequenceClassification,
+        found.base,
+        dtype=dtype,
+        field=field,
+        may_lack=may_lack,
+        quantization=quantization,
+        device=device,
+        **({"num_labels": 1} if found.has_adapter else {}),
     )
     if not hasattr(classifier, "score"):
         raise InvalidArgumentError(
