@@ -24,13 +24,16 @@ trap 'rm -rf "$unpacked"' EXIT
 polarity=$unpacked/sentence_polarity
 
 "$python" -m tether_services train pretrain --config deploy/config/pretrain.toml \
-  --set "output=$models/policy" \
-  --set "text_files=['$data/text/tinystories-sample.txt', '$data/text/bryant-stories.txt', '$data/text/burgess-busterbrown.txt']"
+  --set "output=$unpacked/policy" \
+  --set "data.sources=['$data/text/tinystories-sample.txt', '$data/text/bryant-stories.txt', '$data/text/burgess-busterbrown.txt']"
+cp "$unpacked"/policy/*.json "$unpacked"/policy/*.safetensors "$models/policy/"
 
 # The SST file comes first: of a sentence in both sets its label is the better one and stays.
 "$python" -m tether_services train reward --config deploy/config/reward_model.toml \
-  --set "base=$models/policy" \
-  --set "output=$models/reward" \
-  --set "train_files=['$data/sentiment/sst-train.csv', '$polarity/rt-polarity.pos', '$polarity/rt-polarity.neg']" \
-  --set "validation_files=['$data/sentiment/sst-dev.csv']" \
-  --set "demonstration_files=['$data/text/tinystories-sample.txt']"
+  --set "base=$models/policy" --set base_reference=../policy \
+  --set "output=$unpacked/reward" \
+  --set "data.sources=['$data/sentiment/sst-train.csv', '$polarity/rt-polarity.pos', '$polarity/rt-polarity.neg']" \
+  --set "data.validation_sources=['$data/sentiment/sst-dev.csv']" \
+  --set "demonstrations.sources=['$data/text/tinystories-sample.txt']" --set demonstration_tokens=80 \
+  --set max_sentences=3 --set training.num_epochs=6 --set training.rows_per_step=8 --set training.learning_rate=0.003
+cp "$unpacked"/reward/{adapter_config,manifest,tether_reward}.json "$unpacked/reward/adapter_model.safetensors" "$models/reward/"

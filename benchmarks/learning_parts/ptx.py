@@ -19,10 +19,12 @@ from benchmarks.learning_parts.measures import equal_distinct_2, repetition_rate
 from benchmarks.learning_parts.runs import RUN_RESPONSES, Job, Options, RunResult, run_jobs, say
 from benchmarks.learning_parts.tables import Column, Study
 from tether_services.local.deployment import DEMO_MODELS
-from tether_services.orchestrator.run_files import write_text
-from tether_services.recipes.documents import DocumentSplit, read_documents
+from tether_services.recipes.config import DataConfig
+from tether_services.recipes.data.reading import DataSet, read_documents
+from tether_services.recipes.data.records import Document
 from tether_services.recipes.pretrain import held_out_loss
 from tether_services.recipes.tokenizer import load_tokenizer
+from tether_services.runtime.durable import write_text
 from tether_services.runtime.pretrained import load_pretrained
 
 __all__ = ["read_stories", "run_ptx"]
@@ -58,7 +60,8 @@ async def run_ptx(options: Options, *, kl_coef: float, ptx_coefs: Sequence[float
         InvalidArgumentError: The file cannot be read or has no stories.
     """
     stories = read_stories(text)
-    ptx_text = write_stories(options.output.resolve() / "ptx_text.jsonl", stories.train)
+    held_out = tuple(document.text for document in stories.validation)
+    ptx_text = write_stories(options.output.resolve() / "ptx_text.jsonl", [story.text for story in stories.train])
     leash = f"ppo.kl_coef={kl_coef}"
     jobs = [Job("ppo", seed, (leash,)) for seed in options.seeds]
     for coef in ptx_coefs:
@@ -66,24 +69,22 @@ async def run_ptx(options: Options, *, kl_coef: float, ptx_coefs: Sequence[float
         jobs += [Job(f"ptx-{coef:g}", seed, settings) for seed in options.seeds]
     base, results = await run_jobs(jobs, options)
     torch.set_num_threads(options.threads)
-    start = {"policy": "start", "loss": story_loss(None, stories.held_out), **judge(base.first(RUN_RESPONSES), base)}
-    rows = [start, *(ptx_row(result, base, start["loss"], stories.held_out) for result in results)]
+    start = {"policy": "start", "loss": story_loss(None, held_out), **judge(base.first(RUN_RESPONSES), base)}
+    rows = [start, *(ptx_row(result, base, start["loss"], held_out) for result in results)]
     return Study(
         name="ptx",
         title=f"PPO and PPO-ptx after {options.steps} steps, kl_coef {kl_coef:g}",
         columns=COLUMNS,
         rows=[{**dict.fromkeys(column.key for column in COLUMNS), **row} for row in rows],
         conclusions=[conclude(rows, coef) for coef in ptx_coefs],
-        notes=[f"Loss: nats per token, temperature 1, {len(stories.held_out)} stories held out of all training."],
+        notes=[f"Loss: nats per token, temperature 1, {len(held_out)} stories held out of all training."],
     )
 
 
-def read_stories(text: Path) -> DocumentSplit:
+def read_stories(text: Path) -> DataSet[Document]:
     """Return the stories of a file, split as for the pretraining of the demo policy."""
-    told = tomllib.loads(PRETRAINING.read_text(encoding="utf-8"))
-    return read_documents(
-        [text], separator=told["separator"], held_out_fraction=told["held_out_fraction"], field="text"
-    )
+    told = tomllib.loads(PRETRAINING.read_text(encoding="utf-8"))["data"]
+    return read_documents(DataConfig(sources=(str(text),), **told))
 
 
 def write_stories(path: Path, stories: Sequence[str]) -> Path:

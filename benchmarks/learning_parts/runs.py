@@ -22,7 +22,8 @@ from tether_services.demo.demo import CONFIG, PROMPTS
 from tether_services.local.deployment import DEMO_MODELS, LocalDeployment, LocalOptions
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.run_config import lay_over_defaults, parse_run_config
-from tether_services.orchestrator.run_files import RunFiles, write_text
+from tether_services.orchestrator.run_files import RunFiles
+from tether_services.runtime.durable import write_text
 from tether_services.runtime.settings import merge_overrides
 
 __all__ = ["BASE_RESPONSES", "Job", "Options", "RunResult", "base_config", "job_config", "run_jobs"]

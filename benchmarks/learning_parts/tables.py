@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tether_services.orchestrator.run_files import write_text
+from tether_services.runtime.durable import write_text
 
 __all__ = ["Column", "Study", "markdown_table", "write_study"]
 

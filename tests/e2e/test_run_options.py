@@ -71,14 +71,14 @@ def test_a_run_with_every_option_of_a_critic_succeeds_and_shows_their_figures(tm
     assert any(not average[name].equal(last[name]) for name in last)
 
 
-@pytest.mark.parametrize(("quantization", "limit"), [("nf4", 1e-3), ("int8", 0.05)])
-def test_a_run_on_a_quantised_base_agrees_with_its_services(tmp_path: Path, quantization: str, limit: float) -> None:
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_run_on_a_quantised_base_agrees_with_its_services(tmp_path: Path, quantization: str) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the quant extra")
     trainer = f'quantization = "{quantization}"\n'
     steps = watch(tmp_path, ppo="", trainer=trainer, extra="evaluation = false", quantization=quantization)
-    assert abs(steps[0].metrics["kl_per_token"]) < limit
+    assert abs(steps[0].metrics["kl_per_token"]) < 1e-3
     for step in steps:
-        assert step.metrics["mean_abs_dlogp"] < limit
+        assert step.metrics["mean_abs_dlogp"] < 1e-3
         assert step.metrics["policy_grad_norm"] > 0.0
     assert steps[-1].metrics["kl_k3_per_token"] > steps[0].metrics["kl_k3_per_token"], "the adapter has moved"
 

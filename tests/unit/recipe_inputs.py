@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tether_services.recipes.config import PretrainConfig, RewardModelConfig
+from tether_services.recipes.config import PretrainConfig
 
 SEPARATOR = "<|endoftext|>"
 ANIMALS = ("cat", "dog", "fox", "hen", "owl", "pig", "cow", "bee")
@@ -38,43 +39,27 @@ def write_labels(path: Path, *, count: int, seed: int) -> Path:
     return path
 
 
-def pretrain_config(folder: Path, **changes: Any) -> PretrainConfig:
+def pretrain_config(folder: Path, *, training: Mapping[str, Any] | None = None, **changes: Any) -> PretrainConfig:
     """Return the settings of a run of about a second over stories in `folder`."""
     values: dict[str, Any] = {
         "output": folder / "policy",
-        "text_files": (write_stories(folder / "stories.txt", count=200),),
+        "data": {"sources": (str(write_stories(folder / "stories.txt", count=200)),)},
         "vocab_size": 300,
         "hidden_size": 32,
         "num_layers": 1,
         "intermediate_size": 64,
         "context_tokens": 64,
         "block_tokens": 32,
-        "blocks_per_step": 4,
-        "num_steps": 40,
-        "warmup_steps": 5,
+        "threads": 1,
+    }
+    schedule = {
+        "rows_per_step": 4,
+        "micro_batch_rows": 4,
+        "max_steps": 40,
+        "warmup_fraction": 0.125,
         "learning_rate": 0.01,
+        "log_every": 5,
         "eval_every": 20,
-        "threads": 1,
+        "checkpoint_every": 20,
     }
-    return PretrainConfig(**values | changes)
-
-
-def reward_config(folder: Path, base: Path, **changes: Any) -> RewardModelConfig:
-    """Return the settings of a run of a few seconds over labelled sentences in `folder`."""
-    values: dict[str, Any] = {
-        "output": folder / "reward",
-        "base": base,
-        "train_files": (write_labels(folder / "train.csv", count=400, seed=1),),
-        "validation_files": (write_labels(folder / "dev.csv", count=60, seed=2),),
-        "demonstration_files": (write_stories(folder / "demonstrations.txt", count=100, seed=5),),
-        "demonstration_tokens": 20,
-        "max_length": 64,
-        "lora_rank": 4,
-        "lora_alpha": 8,
-        "num_epochs": 8,
-        "group_size": 4,
-        "groups_per_step": 4,
-        "learning_rate": 0.01,
-        "threads": 1,
-    }
-    return RewardModelConfig(**values | changes)
+    return PretrainConfig(**values | changes | {"training": schedule | dict(training or {})})

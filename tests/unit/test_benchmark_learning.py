@@ -341,10 +341,11 @@ def test_stories_are_split_as_for_the_pretraining(tmp_path: Path) -> None:
     file = tmp_path / "stories.txt"
     file.write_text("".join(f"Story {i}.\n<|endoftext|>\n" for i in range(400)), encoding="utf-8")
     split = ptx.read_stories(file)
-    assert len(split.train) + len(split.held_out) == 400 and 5 <= len(split.held_out) <= 40
-    written = ptx.write_stories(tmp_path / "new" / "stories.jsonl", split.train)
+    assert len(split.train) + len(split.validation) == 400 and 5 <= len(split.validation) <= 40
+    stories = [story.text for story in split.train]
+    written = ptx.write_stories(tmp_path / "new" / "stories.jsonl", stories)
     lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    assert [line["prompt"] for line in lines] == list(split.train)
+    assert [line["prompt"] for line in lines] == stories
 
 
 def test_a_missing_story_file_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import tether
 from tether.errors import FieldViolation, InvalidArgumentError, UnavailableError
-from tether_services.cli.main import SERVICES, build_parser, main, report_error
+from tether_services.cli.main import SERVICES, STAGES, build_parser, main, report_error
 
 HELPS = [
     ["--version"],
@@ -20,14 +20,14 @@ HELPS = [
     *(["serve", name, "--help"] for name in SERVICES),
     ["serve", "--help"],
     ["train", "--help"],
-    ["train", "pretrain", "--help"],
-    ["train", "reward", "--help"],
+    *(["train", stage, "--help"] for stage in STAGES),
     ["up", "--help"],
     ["demo", "--help"],
     ["run", "--help"],
     *(["run", action, "--help"] for action in ("start", "get", "list", "watch", "cancel", "resume")),
     ["score", "--help"],
     ["generate", "--help"],
+    ["adapter", "push", "--help"],
 ]
 LIST_MODULES = """
 import json, sys
@@ -50,7 +50,7 @@ def test_help_takes_under_a_second_and_loads_nothing_heavy(arguments: list[str])
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     code, modules = json.loads(done.stderr.splitlines()[-1])
     assert code == 0
-    assert not {"torch", "transformers", "vllm", "peft", "trl", "numpy", "matplotlib"} & set(modules)
+    assert not {"torch", "transformers", "vllm", "peft", "trl", "datasets", "numpy", "matplotlib"} & set(modules)
     assert len(done.stdout) > 5
 
 
@@ -64,7 +64,7 @@ def test_service_help_lists_its_settings_with_their_meaning(name: str, capsys: p
     assert "\n  address = " in shown and f"TETHER_{name.upper()}__" in shown
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "reward"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_stage_help_describes_every_setting(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", stage, "--help"])
@@ -111,7 +111,7 @@ def test_every_bad_key_of_a_stage_has_its_own_line(capsys: pytest.CaptureFixture
         main(["train", "pretrain", "--set", "nonsense=1", "--set", "seed=-1"])
     assert ended.value.code == 42
     lines = capsys.readouterr().err.splitlines()
-    assert {line.split(":")[0].strip() for line in lines[1:]} == {"nonsense", "seed", "output", "text_files"}
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {"nonsense", "seed", "output", "data"}
 
 
 def test_dry_run_prints_the_resolved_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,12 @@ def test_d33_the_ranking_loss_is_the_mean_over_explicit_pairs_without_ties(size:
             )
 
 
+def test_d33_the_margin_of_a_ranking_is_taken_off_the_lead_of_every_pair() -> None:
+    scores, ranks = [0.3, 5.0, -0.9], [0, 1, 1]
+    expected = (log_sigmoid(0.3 - 5.0 - 0.7) + log_sigmoid(0.3 + 0.9 - 0.7)) / -2
+    assert float(ranking_loss(float64(scores), torch.tensor(ranks), margin=0.7)) == pytest.approx(expected, rel=1e-12)
+
+
 def test_d33_without_ties_the_divisor_is_the_number_of_pairs() -> None:
     scores, ranks = normal(0, 4), torch.tensor([3, 0, 2, 1])
     order = ranks.argsort()

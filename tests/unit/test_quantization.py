@@ -58,11 +58,22 @@ def test_a_quantised_model_is_near_the_whole_one_but_not_equal(base: Path, quant
     assert 1e-4 < difference < {"int8": 0.1, "nf4": 3.0}[quantization]
 
 
-def test_four_bits_compute_the_same_in_training_and_in_evaluation(base: Path) -> None:
-    model = load(base, "nf4")
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_quantised_model_computes_the_same_in_training_and_in_evaluation(base: Path, quantization: str) -> None:
+    model = load(base, quantization)
     in_training = logprobs(model.train())
     torch.testing.assert_close(logprobs(model.eval()), in_training, rtol=0, atol=0)
     torch.testing.assert_close(logprobs(model.train()), in_training, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_rows_of_a_batch_do_not_change_each_other(base: Path, quantization: str) -> None:
+    model = load(base, quantization)
+    rows = torch.randint(4, 40, (6, 12), generator=torch.Generator().manual_seed(0))
+    together = model(input_ids=rows).logits
+    alone = torch.cat([model(input_ids=row[None]).logits for row in rows])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tether_services
-from tether_services.recipes.documents import read_documents
+from tether_services.recipes.config import DataConfig
+from tether_services.recipes.data.reading import read_documents
 from tether_services.recipes.scoring import score_all
 from tether_services.recipes.tokenizer import encode_document
 
@@ -75,10 +76,9 @@ def test_the_reward_model_belongs_to_the_packaged_policy(reward: Any, tokenizer:
     assert (REWARD / named["base"]).resolve() == POLICY.resolve()
     if not TEXT.is_dir():
         pytest.skip("the demonstrations (../shared/data/text) are not beside this checkout")
-    stories = [TEXT / "tinystories-sample.txt"]
-    held_out = read_documents(stories, separator="<|endoftext|>", held_out_fraction=0.05).held_out
-    rows = [encode_document(tokenizer, story)[:80] for story in held_out]
-    assert float(score_all(reward, rows, pad_token_id=0).mean()) == pytest.approx(named["bias"], abs=1e-3)
+    stories = DataConfig(sources=(str(TEXT / "tinystories-sample.txt"),), validation_fraction=0.05)
+    rows = [encode_document(tokenizer, story.text)[:80] for story in read_documents(stories).validation]
+    assert float(score_all(reward, rows).mean()) == pytest.approx(named["bias"], abs=1e-3)
 
 
 def test_the_policy_runs_on_serving_engines() -> None:
@@ -109,7 +109,7 @@ def test_special_strings_in_text_are_not_the_end_token(tokenizer: Any) -> None:
 def test_the_reward_tells_glad_from_sad(reward: Any, tokenizer: Any) -> None:
     texts = [text for pair in GLAD_AND_SAD for text in pair]
     rows = [encode_document(tokenizer, text, end=False) for text in texts]
-    glad, sad = score_all(reward, rows, pad_token_id=0).view(-1, 2).unbind(1)
+    glad, sad = score_all(reward, rows).view(-1, 2).unbind(1)
     assert int((glad > sad).sum()) >= len(GLAD_AND_SAD) - 1
     assert float((glad - sad).mean()) > 1.0
 

@@ -1,22 +1,25 @@
-"""Pretraining on small text: blocks, loss, the written folder."""
+"""Pretraining on small text: loss, the written folder, going on after an interruption."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tests.unit.recipe_inputs import SEPARATOR, pretrain_config
+from tests.unit.interruption import ctrl_c_when
+from tests.unit.recipe_inputs import pretrain_config, write_stories
 from tether.errors import InvalidArgumentError
-from tether_services.recipes.documents import read_documents
-from tether_services.recipes.pretrain import block_stream, held_out_loss, llama_config, residual_dropout, run_pretrain
+from tether_services.recipes.config import PretrainConfig
+from tether_services.recipes.data.reading import read_documents
+from tether_services.recipes.dropout import residual_dropout
+from tether_services.recipes.pretrain import held_out_loss, llama_config, run_pretrain
+from tether_services.recipes.stage import Mode
 from tether_services.recipes.tokenizer import encode_document, train_tokenizer
 
 
@@ -30,47 +33,10 @@ def manifest(folder: Path) -> Any:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_a_pass_makes_every_token_a_target_once() -> None:
-    encoded = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 11, 2]]
-    blocks = list(islice(block_stream(encoded, block_tokens=4, generator=torch.Generator().manual_seed(0)), 3))
-    assert {len(block) for block in blocks} == {5}
-    targets = Counter(token for block in blocks for token in block[1:].tolist())
-    assert targets == Counter(token for ids in encoded for token in ids) - Counter([1])  # the first id starts the pass
-
-
-def test_a_block_is_text_without_gaps() -> None:
-    blocks = block_stream([list(range(3, 50))], block_tokens=8, generator=torch.Generator().manual_seed(0))
-    for block in islice(blocks, 5):
-        assert block.tolist() == list(range(int(block[0]), int(block[0]) + 9))
-        assert (int(block[0]) - 3) % 8 == 0
-
-
-def test_blocks_of_a_long_document_do_not_come_in_a_row() -> None:
-    book, stories = [7] * 4000, [[8] * 40] * 100
-    blocks = islice(block_stream([book, *stories], block_tokens=40, generator=torch.Generator().manual_seed(0)), 199)
-    kinds = [int(block[20]) for block in blocks]
-    longest = max(len(list(group)) for _, group in groupby(kinds))
-    assert longest < 20
-
-
-def test_text_shorter_than_a_block_names_the_setting() -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        next(block_stream([[1, 2, 3]], block_tokens=3, generator=torch.Generator()))
-    assert caught.value.violations[0].field == "block_tokens"
-
-
-def test_the_order_of_documents_changes_between_passes_and_follows_the_seed() -> None:
-    encoded = [[index] for index in range(100)]
-
-    def two_passes(seed: int) -> list[int]:
-        stream = block_stream(encoded, block_tokens=1, generator=torch.Generator().manual_seed(seed))
-        return [int(block[0]) for block in islice(stream, 198)]
-
-    order = two_passes(1)
-    assert len(set(order[:99])) == len(set(order[99:])) == 99
-    assert order[:99] != order[99:]
-    assert order == two_passes(1)
-    assert order != two_passes(2)
+def measured(folder: Path) -> dict[int, float]:
+    """Return the held-out loss by step."""
+    rows = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
 
 
 def test_the_held_out_loss_equals_a_loop_over_single_documents(tmp_path: Path) -> None:
@@ -102,7 +68,30 @@ def test_residual_dropout_acts_in_training_only_and_is_taken_out_again(folder: P
 def test_training_learns_the_pattern_of_the_text(folder: Path) -> None:
     metrics = manifest(folder)["metrics"]
     assert metrics["held_out_nats_per_token"] < 0.6 * math.log(300)
-    assert metrics["held_out_nats_per_token"] <= min(metrics["held_out_nats_per_token_by_step"].values()) + 0.01
+    assert metrics["held_out_nats_per_token"] <= min(measured(folder).values()) + 0.01
+    assert metrics["held_out_nats_per_byte"] < metrics["held_out_nats_per_token"]
+
+
+def test_adamw_alone_learns_too_and_something_else(tmp_path: Path) -> None:
+    alone, both = (
+        run_pretrain(short(tmp_path, output=tmp_path / name, matrix_optimizer=name)) for name in ("adamw", "muon")
+    )
+    assert measured(alone)[12] < math.log(300) - 0.5
+    assert measured(alone) != measured(both)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_weights_of_the_lowest_held_out_loss_are_kept_or_the_last_ones(keep_best: bool, tmp_path: Path) -> None:
+    # Text of another kind is soon predicted worse, the better the stories are known.
+    (tmp_path / "numbers.txt").write_text("".join(f"{n * n} {n**3}\n<|endoftext|>\n" for n in range(40)))
+    data = {"sources": [str(write_stories(tmp_path / "s.txt", count=200))]}
+    data["validation_sources"] = [str(tmp_path / "numbers.txt")]
+    config = short(tmp_path, data=data, training={"max_steps": 40, "learning_rate": 0.05, "keep_best": keep_best})
+    output = run_pretrain(config)
+    losses = measured(output)
+    assert min(losses.values()) < losses[40] - 0.1
+    expected = min(losses.values()) if keep_best else losses[40]
+    assert manifest(output)["metrics"]["held_out_nats_per_token"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_folder_loads_in_float32_whatever_type_is_stored(folder: Path) -> None:
@@ -122,10 +111,10 @@ def test_the_folder_names_the_end_token_for_generation(folder: Path) -> None:
 
 def test_the_written_loss_is_that_of_the_stored_weights(folder: Path) -> None:
     config = pretrain_config(folder.parent)
-    split = read_documents(config.text_files, separator=SEPARATOR, held_out_fraction=config.held_out_fraction)
+    held_out = [document.text for document in read_documents(config.data).validation]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    measured = held_out_loss(model, split.held_out, tokenizer=tokenizer, max_tokens=config.context_tokens)
-    assert measured.nats_per_token == pytest.approx(manifest(folder)["metrics"]["held_out_nats_per_token"], abs=1e-4)
+    again = held_out_loss(model, held_out, tokenizer=tokenizer, max_tokens=config.context_tokens)
+    assert again.nats_per_token == pytest.approx(manifest(folder)["metrics"]["held_out_nats_per_token"], abs=1e-4)
 
 
 def test_the_files_can_be_read_by_other_users(folder: Path) -> None:
@@ -134,27 +123,83 @@ def test_the_files_can_be_read_by_other_users(folder: Path) -> None:
     } == {}
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
-    config = pretrain_config(tmp_path, num_steps=5)
-    weights = [(run_pretrain(config) / "model.safetensors").read_bytes() for _ in range(2)]
-    assert weights[0] == weights[1]
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    weights = [
+        (run_pretrain(short(tmp_path, output=tmp_path / str(index), seed=seed)) / "model.safetensors").read_bytes()
+        for index, seed in enumerate((1, 1, 2))
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def short(folder: Path, *, training: dict[str, Any] | None = None, **changes: Any) -> PretrainConfig:
+    """Return the settings of a run of a few steps, over more than one epoch."""
+    schedule = {"max_steps": 12, "rows_per_step": 64, "micro_batch_rows": 32, "eval_every": 4, "checkpoint_every": 4}
+    return pretrain_config(folder, training=schedule | (training or {}), **changes)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_interrupted_run_ends_like_one_in_one_go(optimizer: str, tmp_path: Path) -> None:
+    whole = run_pretrain(short(tmp_path, output=tmp_path / "whole", matrix_optimizer=optimizer))
+    config = short(tmp_path, output=tmp_path / "parts", matrix_optimizer=optimizer)
+    for last in (4, 8):
+        complete = config.output / "checkpoints" / f"checkpoint-{last}" / "complete"
+        with ctrl_c_when(complete.is_file), pytest.raises(KeyboardInterrupt):
+            run_pretrain(config, Mode(resume=True))
+        assert not (config.output / "manifest.json").exists()
+    run_pretrain(config, Mode(resume=True))
+    assert max(row["epoch"] for row in map(json.loads, (whole / "history.jsonl").read_text().splitlines())) > 1.5
+    for name in ("model.safetensors", "history.jsonl", "tokenizer.json", "config.json"):
+        assert (config.output / name).read_bytes() == (whole / name).read_bytes(), name
+    assert manifest(config.output)["metrics"] == manifest(whole)["metrics"]
+
+
+def test_a_dry_run_estimates_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = pretrain_config(tmp_path)
+    run_pretrain(config, Mode(dry_run=True))
+    assert not config.output.exists()
+    shown = capsys.readouterr().out
+    parameters = count_parameters(config)
+    assert "pretrain: dry run" in shown and f"{parameters:,}, of these trained {parameters:,}" in shown
+
+
+def count_parameters(config: PretrainConfig) -> int:
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    return config.vocab_size * config.hidden_size + config.num_layers * layer + config.hidden_size
 
 
 def test_a_tokenizer_can_be_used_again(folder: Path, tmp_path: Path) -> None:
-    output = run_pretrain(pretrain_config(tmp_path, num_steps=2, warmup_steps=1, tokenizer=folder))
+    output = run_pretrain(pretrain_config(tmp_path, training={"max_steps": 2}, tokenizer=folder))
     assert (output / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 
 
-def test_the_model_has_no_dropout_and_tied_embeddings(folder: Path) -> None:
+def test_products_can_be_taken_in_bfloat16_and_the_weights_stay_float32(tmp_path: Path) -> None:
+    exact = run_pretrain(short(tmp_path, output=tmp_path / "exact"))
+    fast = run_pretrain(short(tmp_path, output=tmp_path / "fast", dtype="bfloat16"))
+    weights = [load_file(output / "model.safetensors") for output in (exact, fast)]
+    assert {tensor.dtype for tensor in weights[1].values()} == {torch.float32}
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert measured(fast)[12] == pytest.approx(measured(exact)[12], rel=0.05)
+
+
+def test_the_model_has_no_dropout_tied_embeddings_and_a_cache(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.attention_dropout == 0.0
     assert not [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert model.config.use_cache is True
 
 
-def test_a_missing_text_file_stops_before_anything_is_written(tmp_path: Path) -> None:
-    config = pretrain_config(tmp_path, text_files=(tmp_path / "absent.txt",))
-    with pytest.raises(InvalidArgumentError) as caught:
+def test_a_missing_text_file_leaves_an_empty_folder(tmp_path: Path) -> None:
+    config = pretrain_config(tmp_path, data={"sources": (str(tmp_path / "absent.txt"),)})
+    with pytest.raises(InvalidArgumentError, match=r"absent\.txt") as caught:
         run_pretrain(config)
-    assert caught.value.violations[0].field == "text_files"
-    assert not config.output.exists()
+    assert "sources" in caught.value.violations[0].field
+    assert list(config.output.iterdir()) == []
+
+
+def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
+    text = "".join(f"{i % 7}\n<|endoftext|>\n" for i in range(40))
+    (tmp_path / "short.txt").write_text(text + "".join(f"{i}\n<|endoftext|>\n" for i in range(10, 50)))
+    data = {"sources": (str(tmp_path / "short.txt"),), "validation_fraction": 0.5}
+    with pytest.raises(InvalidArgumentError, match="shorter than one block"):
+        run_pretrain(pretrain_config(tmp_path, data=data, vocab_size=260, context_tokens=512, block_tokens=512))

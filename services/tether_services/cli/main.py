@@ -11,9 +11,11 @@ from typing import Final, TypeAlias
 
 import tether
 from tether.errors import InvalidArgumentError, TetherError
+from tether_services.cli.adapter_commands import add_adapter
+from tether_services.cli.data_commands import add_data
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
-STAGES: Final = ("pretrain", "reward")
+STAGES: Final = ("pretrain", "sft", "reward", "dpo")
 CONFIG_ERROR_EXIT_CODE: Final = 42
 """As in runtime.settings, which is not imported here: a bad configuration, which starting again cannot help."""
 INTERRUPTED_EXIT_CODE: Final = 130
@@ -38,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: {error.name} is not installed; pip install 'tether[serve]', [models] or [train]", file=sys.stderr
         )
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
 
 
@@ -59,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_delegating(commands, "serve", "run one service", SERVICES, _serve)
     _add_delegating(commands, "train", "run one offline stage", STAGES, _train)
+    add_data(commands)
+    add_adapter(commands)
     _add_up(commands)
     _add_demo(commands)
     _add_run(commands)

@@ -213,7 +213,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | 
     return -logsigmoid(lead if margin is None else lead - margin).mean()
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+def ranking_loss(scores: Tensor, ranks: Tensor, *, margin: Tensor | float | None = None) -> Tensor:
     """Return the K-wise Bradley-Terry loss of one prompt: mean of -log sigmoid(s_i - s_j) over pairs with i before j.
 
     Ties give no pair; where there are only ties the loss is 0, with a gradient of 0. Scores (2, 1, 0) in ranked order
@@ -222,12 +222,15 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     Args:
         scores: [K].
         ranks: [K], smaller is better.
+        margin: One number, by which every better answer shall lead; None: 0.
 
     Source: D33; Ouyang et al. 2022, arXiv:2203.02155, equation 1.
     """
     better, worse = torch.nonzero(ranks[:, None] < ranks[None, :], as_tuple=True)
     scores = at_least_float32(scores)
-    return pairwise_loss(scores[better], scores[worse]) if len(better) else scores.sum() * 0.0
+    if not len(better):
+        return scores.sum() * 0.0
+    return pairwise_loss(scores[better], scores[worse], margin=margin)
 
 
 def dpo_loss(

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl, TrainingArguments
 
-from tether.errors import InvalidArgumentError
+from tether_services.recipes.blocks import Blocks
 from tether_services.recipes.config import PretrainConfig
-from tether_services.recipes.documents import DocumentSplit, read_documents
-from tether_services.recipes.manifest import write_manifest
-from tether_services.recipes.optimiser import apply_step, pretraining_optimisers, schedule_factor
-from tether_services.recipes.progress import progress_line
+from tether_services.recipes.data.reading import read_documents
+from tether_services.recipes.data.records import Document
+from tether_services.recipes.dropout import residual_dropout
+from tether_services.recipes.estimate import estimate, show_estimate
+from tether_services.recipes.muon import MuonWithAdamW
+from tether_services.recipes.progress import tracked
+from tether_services.recipes.stage import Mode, Stage, open_stage
 from tether_services.recipes.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from tether_services.runtime.model_folder import pick_device
 
-log = logging.getLogger(__name__)
+__all__ = ["HeldOutLoss", "held_out_loss", "llama_config", "run_pretrain"]
 
 IGNORED = -100
 """Target id that adds nothing to a cross entropy."""
@@ -41,30 +43,64 @@ class HeldOutLoss:
     """The same sum divided by the UTF-8 bytes of the documents; comparable between tokenizers."""
 
 
-def run_pretrain(config: PretrainConfig) -> Path:
-    """Train a tokenizer and a model, write both with a manifest, and return the output folder.
+class Measure(Protocol):
+    """Returns the held-out loss of a model."""
+
+    def __call__(self, model: nn.Module) -> HeldOutLoss:
+        """Measure."""
+
+
+def run_pretrain(config: PretrainConfig, mode: Mode | None = None) -> Path:
+    """Train a tokenizer and a model, and return the output folder: weights, tokenizer, manifest, history and plot.
 
     Raises:
         InvalidArgumentError: A data file or a setting does not fit.
+        FailedPreconditionError: The output folder belongs to other settings, or the loss is no longer finite.
     """
-    started = time.monotonic()
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    documents = read_documents(
-        config.text_files, separator=config.separator, held_out_fraction=config.held_out_fraction
-    )
-    tokenizer = _tokenizer(config, documents)
-    model = LlamaForCausalLM(llama_config(config, tokenizer))
-    losses = _train(model, config, tokenizer=tokenizer, documents=documents)
+    with open_stage("pretrain", config, mode or Mode()) as stage:
+        return config.output if stage.is_finished else _run(stage, config)
+
+
+def _run(stage: Stage, config: PretrainConfig) -> Path:
+    data = read_documents(config.data)
+    tokenizer = _tokenizer(config, data.train)
+    encoded = [
+        encode_document(tokenizer, document.text) for document in tracked(data.train, title="pretrain: token ids")
+    ]
+    blocks = Blocks(encoded, block_tokens=config.block_tokens, seed=config.seed)
+    held_out = [document.text for document in data.validation]
+    measure = partial(held_out_loss, documents=held_out, tokenizer=tokenizer, max_tokens=config.context_tokens)
+    model = LlamaForCausalLM(llama_config(config, tokenizer)).to(pick_device(config.device))
+    trainer = _trainer(model, stage, config, blocks=blocks, measure=measure)
+    with residual_dropout(model, share=config.dropout):
+        if stage.mode.dry_run:
+            _show_estimate(trainer, config, num_tokens=len(blocks) * config.block_tokens)
+            return config.output
+        stage.train(trainer)
     _write_model(model, config, tokenizer=tokenizer)
-    stored = LlamaForCausalLM.from_pretrained(config.output, dtype=torch.float32)
-    final = held_out_loss(stored, documents.held_out, tokenizer=tokenizer, max_tokens=config.context_tokens)
-    metrics = _metrics(model, config, documents=documents, final=final, losses=losses)
-    metrics["train_token_count"] = config.num_steps * config.blocks_per_step * config.block_tokens
-    write_manifest(
-        "pretrain", config, inputs=config.text_files, metrics=metrics, wall_seconds=time.monotonic() - started
-    )
-    return config.output
+    final = measure(LlamaForCausalLM.from_pretrained(config.output, dtype=torch.float32))
+    metrics = {
+        "parameter_count": sum(parameter.numel() for parameter in model.parameters()),
+        "train_document_count": len(data.train),
+        "train_token_count": sum(map(len, encoded)),
+        "held_out_document_count": len(held_out),
+        **{f"held_out_{name}": round(value, 4) for name, value in asdict(final).items()},
+    }
+    return stage.finish(parent=None, metrics=metrics, data=data.report.as_dict())
+
+
+def _tokenizer(config: PretrainConfig, documents: Sequence[Document]) -> Any:
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer, field="tokenizer")
+    texts = (document.text for document in documents)
+    return train_tokenizer(texts, vocab_size=config.vocab_size, max_length=config.context_tokens)
+
+
+def _show_estimate(trainer: Trainer, config: PretrainConfig, *, num_tokens: int) -> None:
+    found = estimate(trainer, config, num_tokens=num_tokens)
+    if isinstance(trainer.optimizer, MuonWithAdamW):
+        found = replace(found, optimizer_bytes=trainer.optimizer.state_bytes)
+    show_estimate(found, title="pretrain")
 
 
 def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:
@@ -88,49 +124,55 @@ def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:
     )
 
 
-@contextmanager
-def residual_dropout(model: LlamaForCausalLM, *, share: float) -> Iterator[None]:
-    """Zero a share of what embeddings, attention and feed-forward add to the residual stream, in training mode only.
+def _next_token_loss(output: Any, targets: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """Return the summed loss of the targets over the number of targets of the optimiser step, or their mean.
 
-    The architecture has no such dropout, so it is hooked in and taken out again: a small text is read many times.
+    The model's own loss would make the trainer convert all logits to float32 a second time.
     """
-
-    def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return functional.dropout(output, share, training=module.training)
-
-    body = model.model
-    sources = [
-        body.embed_tokens,
-        *(part for layer in body.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)),
-    ]
-    hooks = [source.register_forward_hook(drop) for source in sources] if share > 0.0 else []
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    total = functional.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
-def block_stream(
-    encoded: Sequence[Sequence[int]], *, block_tokens: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Yield blocks of `block_tokens + 1` ids without end, the first ids being inputs and the last ones targets.
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Learns from blocks, and measures whole documents, every token of them with the same weight."""
 
-    Each pass joins the documents in a new order, cuts them without gaps, and yields the blocks in a new order too: a
-    book among stories would otherwise fill many steps in a row. Less than one block is left out at the end of a pass.
+    control: TrainerControl
 
-    Raises:
-        InvalidArgumentError: All documents together are shorter than a block.
-    """
-    documents = [torch.tensor(ids) for ids in encoded]
-    if sum(map(len, documents)) <= block_tokens:
-        raise InvalidArgumentError("the text is shorter than one block; give more text", field="block_tokens")
-    while True:
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        joined = torch.cat([documents[index] for index in order])
-        starts = torch.randperm((len(joined) - 1) // block_tokens, generator=generator) * block_tokens
-        for start in starts.tolist():
-            yield joined[start : start + block_tokens + 1]
+    def __init__(self, *, measure: Measure, **options: Any) -> None:
+        super().__init__(**options)
+        self._measure = measure
+
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Log and return the held-out loss; `eval_loss` is per token."""
+        measured = self._measure(self.model)
+        figures = {"eval_loss": measured.nats_per_token, "eval_nats_per_byte": measured.nats_per_byte}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
+def _trainer(model: nn.Module, stage: Stage, config: PretrainConfig, *, blocks: Blocks, measure: Measure) -> _Trainer:
+    # The blocks have an order of their own, and columns that the model does not know.
+    arguments = TrainingArguments(
+        **stage.arguments(num_rows=len(blocks)), train_sampling_strategy="sequential", remove_unused_columns=False
+    )
+    optimizer = None
+    if config.matrix_optimizer == "muon":
+        optimizer = MuonWithAdamW(
+            model,
+            learning_rate=arguments.learning_rate,
+            weight_decay=arguments.weight_decay,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+        )
+    return _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks,
+        eval_dataset=blocks,  # asked for by the library, and not read: see evaluate
+        compute_loss_func=_next_token_loss,
+        optimizers=(optimizer, None),
+        measure=measure,
+    )
 
 
 def held_out_loss(model: nn.Module, documents: Sequence[str], *, tokenizer: Any, max_tokens: int) -> HeldOutLoss:
@@ -142,11 +184,14 @@ def held_out_loss(model: nn.Module, documents: Sequence[str], *, tokenizer: Any,
     total = 0.0
     token_count = sum(len(ids) - 1 for ids in encoded)
     byte_count = sum(len(text.encode("utf-8")) for text in tokenizer.batch_decode(encoded, skip_special_tokens=True))
+    device = next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(encoded), EVAL_BATCH):
             inputs, targets = _right_pad(encoded[start : start + EVAL_BATCH], pad=tokenizer.pad_token_id)
-            total += float(_cross_entropy(model, inputs, targets, reduction="sum"))
+            logits = model(input_ids=inputs.to(device), use_cache=False).logits.flatten(0, 1).float()
+            flat = targets.flatten().to(device)
+            total += float(functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum"))
     model.train()
     return HeldOutLoss(total / token_count, total / byte_count)
 
@@ -161,55 +206,11 @@ def _right_pad(rows: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tens
     return ids[:, :-1], targets[:, 1:]
 
 
-def _cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor, *, reduction: str) -> Tensor:
-    logits: Tensor = model(input_ids=inputs, use_cache=False).logits
-    flat = logits.flatten(0, 1).float()
-    return functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-
-
-def _tokenizer(config: PretrainConfig, documents: DocumentSplit) -> Any:
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, field="tokenizer")
-    return train_tokenizer(documents.train, vocab_size=config.vocab_size, max_length=config.context_tokens)
-
-
-def _train(
-    model: LlamaForCausalLM, config: PretrainConfig, *, tokenizer: Any, documents: DocumentSplit
-) -> dict[int, float]:
-    """Train in place, end with the weights of the lowest held-out loss, and return the losses by step."""
-    encoded = [encode_document(tokenizer, text) for text in documents.train]
-    order = torch.Generator().manual_seed(config.seed)
-    blocks = block_stream(encoded, block_tokens=config.block_tokens, generator=order)
-    optimisers = pretraining_optimisers(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    losses: dict[int, float] = {}
-    best: dict[str, Tensor] = {}
-    with progress_line("pretrain", total=config.num_steps) as report, residual_dropout(model, share=config.dropout):
-        for step in range(config.num_steps):
-            batch = torch.stack([next(blocks) for _ in range(config.blocks_per_step)])
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
-                loss = _cross_entropy(model, batch[:, :-1], batch[:, 1:], reduction="mean")
-            torch.autograd.backward(loss)
-            factor = schedule_factor(step, num_steps=config.num_steps, warmup_steps=config.warmup_steps)
-            apply_step(optimisers, learning_rate=factor * config.learning_rate)
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.num_steps:
-                measured = held_out_loss(
-                    model, documents.held_out, tokenizer=tokenizer, max_tokens=config.context_tokens
-                )
-                if measured.nats_per_token < min(losses.values(), default=float("inf")):
-                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-                losses[step + 1] = measured.nats_per_token
-                log.info("pretrain step %d held-out loss %.4f", step + 1, measured.nats_per_token)
-            report(step + 1, f"loss {loss.item():.3f}  held out {min(losses.values(), default=float('nan')):.3f}")
-    model.load_state_dict(best)
-    return losses
-
-
 def _write_model(model: LlamaForCausalLM, config: PretrainConfig, *, tokenizer: Any) -> None:
     """Write weights, architecture, tokenizer and the generation defaults with the end token.
 
     The stored type changes only the file: the architecture still says float32, and loaders cast up.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -218,22 +219,3 @@ def _write_model(model: LlamaForCausalLM, config: PretrainConfig, *, tokenizer: 
     model.config.dtype = "float32"
     model.config.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
-
-
-def _metrics(
-    model: nn.Module,
-    config: PretrainConfig,
-    *,
-    documents: DocumentSplit,
-    final: HeldOutLoss,
-    losses: dict[int, float],
-) -> dict[str, Any]:
-    return {
-        "parameter_count": sum(parameter.numel() for parameter in model.parameters()),
-        "train_document_count": len(documents.train),
-        "held_out_document_count": len(documents.held_out),
-        "dropped_document_count": documents.dropped_count,
-        "held_out_nats_per_token": round(final.nats_per_token, 4),
-        "held_out_nats_per_byte": round(final.nats_per_byte, 4),
-        "held_out_nats_per_token_by_step": {str(step): round(loss, 4) for step, loss in losses.items()},
-    }

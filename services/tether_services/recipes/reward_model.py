@@ -1,210 +1,208 @@
-"""`tether train reward`: a reward model from labelled sentences, as an adapter and a head on a base."""
+"""`tether train reward`: a reward model from rankings of K answers, pairs, or labelled sentences."""
 
 from __future__ import annotations
 
-import logging
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from datasets import Dataset
+from trl import RewardConfig
 
 from tether.errors import InvalidArgumentError
-from tether_services.recipes.config import RewardModelConfig
-from tether_services.recipes.documents import read_documents
-from tether_services.recipes.manifest import write_manifest
-from tether_services.recipes.optimiser import apply_step, fine_tuning_optimisers, schedule_factor
-from tether_services.recipes.pairwise import pair_accuracy, ranked_group_loss
-from tether_services.recipes.progress import progress_line
-from tether_services.recipes.scoring import build_reward_model, score_all, scores_by_length, write_reward_model
-from tether_services.recipes.sentiment import LabelledText, join_sentences, read_labelled, remove_overlap, vary_case
-from tether_services.recipes.tokenizer import encode_document, load_tokenizer
-from tether_services.runtime.content_hash import hash_model_folder
+from tether_services.recipes.base_model import base_folder, load_tokenizer
+from tether_services.recipes.config import DataConfig, RewardModelConfig
+from tether_services.recipes.data.reading import (
+    DataReport,
+    DataSet,
+    read_demonstrations,
+    read_documents,
+    read_labelled,
+    read_parts,
+    read_rankings,
+)
+from tether_services.recipes.data.records import Demonstration, Document, LabelledText, Ranking
+from tether_services.recipes.data.rendering import Renderer
+from tether_services.recipes.data.shapes import SHAPES, Record
+from tether_services.recipes.dropout import residual_dropout
+from tether_services.recipes.estimate import estimate, show_estimate
+from tether_services.recipes.ranking_metrics import Evaluation, Judged, evaluate_rankings, pairs_of, win_share
+from tether_services.recipes.ranking_trainer import RankingTrainer
+from tether_services.recipes.rankings import RankingRows, encode_rankings, labelled_pools, labelled_rankings
+from tether_services.recipes.reward_report import draw_calibration, evaluation_page
+from tether_services.recipes.scoring import build_reward_model, normalise, score_all, write_reward_model
+from tether_services.recipes.stage import Mode, Stage, open_stage
+from tether_services.runtime.durable import write_text
 
-log = logging.getLogger(__name__)
+__all__ = ["Material", "evaluate", "read_material", "run_reward_model"]
 
-Encode = Callable[[str, bool], list[int]]
-"""Turns a text into token ids, with the end token where the second argument is true."""
-MAX_SENTENCES = 3
-"""A training text joins 1 to 3 sentences of one label: single sentences are shorter than what is scored later."""
+MAX_BEST_ANSWERS = 2000
+"""Best answers that the scale is computed from where no demonstrations are named: an evenly spaced part of them."""
+PROBED_ROWS = 100
+"""Rows of a source that are read to tell what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Everything the stage reads."""
+    """Everything the stage reads, as token ids."""
 
-    train: tuple[LabelledText, ...]
-    """Sentences to learn from."""
-    validation: tuple[LabelledText, ...]
-    """Sentences to measure on, none of them in `train`."""
-    overlap_count: int
-    """Training sentences taken out because they are in the validation files."""
-    demonstrations: tuple[tuple[int, ...], ...]
-    """Token ids of held-out openings, whose mean score becomes 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Texts to be ranked against each other."""
-
-    token_ids: tuple[tuple[int, ...], ...]
-    """K sequences."""
-    levels: tuple[int, ...]
-    """K preference levels, higher is better."""
+    train: RankingRows
+    validation: RankingRows
+    demonstrations: list[list[int]]
+    """Texts whose scores get mean 0 and standard deviation 1."""
+    is_ordered: bool
+    """Whether `train` holds all passes in the order to train on, and not one pass to be shuffled."""
+    longer_wins: float | None
+    """Share of all pairs read, training included, whose better answer is the longer one; None for labelled texts."""
+    report: DataReport
 
 
-def run_reward_model(config: RewardModelConfig) -> Path:
-    """Train a reward adapter and head, normalise it, write it with a manifest, and return the output folder.
+def run_reward_model(config: RewardModelConfig, mode: Mode | None = None) -> Path:
+    """Train a reward model, fix its scale, measure it, and return the output folder: an adapter or a whole model.
 
     Raises:
         InvalidArgumentError: A data file, the base or a setting does not fit.
+        FailedPreconditionError: The output folder belongs to other settings, or the loss is no longer finite.
     """
-    started = time.monotonic()
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.base, field="base")
-    material = read_material(config, tokenizer=tokenizer)
-    model = build_reward_model(config, pad_token_id=tokenizer.pad_token_id)
-    accuracies = _train(model, config, tokenizer=tokenizer, material=material)
-    demonstrations = score_all(model, material.demonstrations, pad_token_id=tokenizer.pad_token_id)
-    normalisation = write_reward_model(model, config, bias=float(demonstrations.mean()))
-    metrics = measure(model, material, tokenizer=tokenizer) | {
-        "pair_accuracy_by_epoch": [round(value, 4) for value in accuracies],
-        "base_sha256": hash_model_folder(config.base),
-        "demonstration_count": len(material.demonstrations),
-        "demonstration_score_std": round(float(demonstrations.std()), 4),
-        "bias": normalisation.bias,
-        "trainable_parameter_count": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-    inputs = (*config.train_files, *config.validation_files, *config.demonstration_files)
-    write_manifest("reward", config, inputs=inputs, metrics=metrics, wall_seconds=time.monotonic() - started)
-    return config.output
+    with open_stage("reward", config, mode or Mode()) as stage:
+        return config.output if stage.is_finished else _run(stage, config)
 
 
-def read_material(config: RewardModelConfig, *, tokenizer: Any) -> Material:
-    """Return the sentences and demonstrations, without overlap between training and validation.
+def _run(stage: Stage, config: RewardModelConfig) -> Path:
+    folder = base_folder(config)
+    tokenizer = load_tokenizer(folder)
+    material = read_material(config, Renderer(tokenizer, template=config.template))
+    model = build_reward_model(config, folder, pad_token_id=tokenizer.pad_token_id)
+    running = replace(stage, config=_one_pass(config)) if material.is_ordered else stage
+    trainer = _trainer(running, config, model, material, tokenizer=tokenizer)
+    with residual_dropout(model, share=config.dropout):
+        if stage.mode.dry_run:
+            show_estimate(estimate(trainer, running.config, num_tokens=material.train.num_tokens), title="reward")
+            return config.output
+        metrics = running.train(trainer)
+    normalisation = normalise(trainer.model, material.demonstrations)
+    write_reward_model(trainer.model, tokenizer, config, normalisation)
+    evaluation = evaluate(trainer.model, material.validation)
+    write_text(config.output / "evaluation.md", evaluation_page(evaluation, longer_wins=material.longer_wins))
+    draw_calibration(evaluation.bins, title="calibration", path=config.output / "plots" / "calibration.svg")
+    figures = {"normalisation": asdict(normalisation), "evaluation": evaluation.as_dict()}
+    return stage.finish(
+        parent=folder, metrics={**metrics, **figures, **_counts(material)}, data=material.report.as_dict()
+    )
+
+
+def _one_pass(config: RewardModelConfig) -> RewardModelConfig:
+    """Return the settings for rows that hold all passes already."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"num_epochs": 1.0})})
+
+
+def _trainer(
+    stage: Stage, config: RewardModelConfig, model: Any, material: Material, *, tokenizer: Any
+) -> RankingTrainer:
+    arguments = RewardConfig(
+        **stage.arguments(num_rows=len(material.train.rows)),
+        max_length=None,
+        disable_dropout=False,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential" if material.is_ordered else "random",
+    )
+    return RankingTrainer(
+        objective=config.objective,
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(material.train.rows),
+        eval_dataset=Dataset.from_list(material.validation.rows),
+        processing_class=tokenizer,
+    )
+
+
+def read_material(config: RewardModelConfig, renderer: Renderer) -> Material:
+    """Return the data as token ids: rankings, pairs, or labelled texts made into rankings.
 
     Raises:
-        InvalidArgumentError: A file does not fit, or one of the labels is missing.
+        InvalidArgumentError: A source does not fit, nothing is left of it, or the objective has no scores.
     """
-    validation = read_labelled(config.validation_files, field="validation_files")
-    train, overlap_count = remove_overlap(read_labelled(config.train_files, field="train_files"), reserved=validation)
-    for items, field in ((train, "train_files"), (validation, "validation_files")):
-        if {item.label for item in items} != {0, 1}:
-            raise InvalidArgumentError("sentences of both labels are needed after overlap is removed", field=field)
-    documents = read_documents(
-        config.demonstration_files,
-        separator=config.separator,
-        held_out_fraction=config.held_out_fraction,
-        field="demonstration_files",
-    )
-    openings = (encode_document(tokenizer, text)[: config.demonstration_tokens] for text in documents.held_out)
-    return Material(tuple(train), tuple(validation), overlap_count, tuple(tuple(ids) for ids in openings))
+    if _kind_of(config.data) is LabelledText:
+        material = _labelled_material(config, renderer)
+    else:
+        material = _ranking_material(config, renderer)
+    train, validation = material.train.rows, material.validation.rows
+    if not train or not validation:
+        message = f"{len(train)} rankings to train on and {len(validation)} to measure on are left"
+        raise InvalidArgumentError(f"{message}; raise max_tokens or give more data", field="data.sources")
+    return material
 
 
-def epoch_groups(
-    items: Sequence[LabelledText], *, group_size: int, encode: Encode, rng: random.Random
-) -> Iterator[Group]:
-    """Yield ranked groups that use every sentence of the rarer label once; half of each group is positive.
-
-    A text joins one to three sentences of its label, in one of three casings, and ends with the end token half of the
-    time: the score has to hold at the end of a finished text and of one that was cut.
-    """
-    pools = {label: [item.text for item in items if item.label == label] for label in (1, 0)}
-    for pool in pools.values():
-        rng.shuffle(pool)
-    counts = {1: group_size // 2, 0: group_size - group_size // 2}
-    while True:
-        chosen = []
-        for label, count in counts.items():
-            for _ in range(count):
-                size = rng.randint(1, MAX_SENTENCES)
-                if len(pools[label]) < size:
-                    return
-                sentences = [vary_case(pools[label].pop(), rng=rng) for _ in range(size)]
-                chosen.append((tuple(encode(join_sentences(sentences), rng.random() < 0.5)), label))
-        yield Group(tuple(ids for ids, _ in chosen), tuple(label for _, label in chosen))
+def _ranking_material(config: RewardModelConfig, renderer: Renderer) -> Material:
+    data = read_rankings(config.data)
+    if config.objective == "regression" and not all(item.is_scored for item in (*data.train, *data.validation)):
+        message = "regression needs answers with scores; there are ranks only: set objective to ranking"
+        raise InvalidArgumentError(message, field="objective")
+    train, validation = (encode_rankings(part, renderer, config) for part in (data.train, data.validation))
+    best = [row["answer_ids"][int(np.argmax(row["levels"]))] for row in train.rows]
+    longer = win_share(pairs_of([_without_scores(item) for item in (*data.train, *data.validation)]).length_leads)
+    return Material(train, validation, _demonstrations(config, renderer, best), False, longer, data.report)
 
 
-def measure(model: Any, material: Material, *, tokenizer: Any) -> dict[str, Any]:
-    """Return the figures of a trained model on the validation sentences.
-
-    The threshold of the accuracy is the midpoint of the mean scores of both labels on training sentences: validation
-    labels do not choose it.
-    """
-    train = _scores_by_label(model, material.train, tokenizer=tokenizer)
-    validation = score_all(model, _encode_all(material.validation, tokenizer), pad_token_id=tokenizer.pad_token_id)
-    labels = torch.tensor([item.label for item in material.validation])
-    threshold = 0.5 * (train[0].mean() + train[1].mean())
-    return {
-        "train_sentence_count": len(material.train),
-        "validation_sentence_count": len(material.validation),
-        "overlap_removed_count": material.overlap_count,
-        "train_pair_accuracy": round(pair_accuracy(torch.cat([train[0], train[1]]), _levels(train)), 4),
-        "validation_pair_accuracy": round(pair_accuracy(validation, labels), 4),
-        "validation_accuracy": round(float(((validation > threshold).long() == labels).double().mean()), 4),
-        "validation_score_std": round(float(validation.std()), 4),
-    }
+def _without_scores(item: Ranking) -> Judged:
+    lengths = np.array([len(answer) for answer in item.answers], dtype=float)
+    return Judged(np.zeros(len(lengths)), np.array(item.levels, dtype=float), lengths)
 
 
-def _scores_by_label(model: Any, items: Sequence[LabelledText], *, tokenizer: Any) -> dict[int, Tensor]:
-    scores = score_all(model, _encode_all(items, tokenizer), pad_token_id=tokenizer.pad_token_id)
-    labels = torch.tensor([item.label for item in items])
-    return {label: scores[labels == label] for label in (0, 1)}
+def _labelled_material(config: RewardModelConfig, renderer: Renderer) -> Material:
+    if config.objective == "regression":
+        message = "regression needs answers with scores; labels are none: set objective to ranking"
+        raise InvalidArgumentError(message, field="objective")
+    data = read_labelled(config.data)
+    train = labelled_rankings(data.train, renderer, config)
+    best = [renderer.document_ids(item.text)[: config.max_tokens] for item in data.train if item.label == 1]
+    validation = labelled_pools(data.validation, renderer, config)
+    return Material(train, validation, _demonstrations(config, renderer, best), True, None, data.report)
 
 
-def _levels(scores: dict[int, Tensor]) -> Tensor:
-    return torch.cat([torch.full((len(scores[label]),), label) for label in (0, 1)])
+def _demonstrations(config: RewardModelConfig, renderer: Renderer, best: Sequence[list[int]]) -> list[list[int]]:
+    """Return the texts that fix the scale: the configured ones, all of them, or a part of the best answers."""
+    if config.demonstrations is None:
+        return list(best[:: -(-len(best) // MAX_BEST_ANSWERS) or 1])
+    most = min(config.demonstration_tokens or config.max_tokens, config.max_tokens)
+    data: DataSet[Document] | DataSet[Demonstration]
+    if _kind_of(config.demonstrations) is Document:
+        data = read_documents(config.demonstrations)
+        return [renderer.document_ids(item.text)[:most] for item in (*data.train, *data.validation)]
+    data = read_demonstrations(config.demonstrations)
+    items = (*data.train, *data.validation)
+    return [(renderer.prompt_ids(i.prompt) + renderer.answer_ids(i.prompt, i.answer))[:most] for i in items]
 
 
-def _encode_all(items: Sequence[LabelledText], tokenizer: Any) -> list[list[int]]:
-    return [encode_document(tokenizer, item.text, end=False) for item in items]
+def _kind_of(data: DataConfig) -> type[Record]:
+    """Return what the first source holds."""
+    if data.shape != "auto":
+        return SHAPES[data.shape].record
+    first = {"sources": data.sources[:1], "validation_sources": (), "max_rows": PROBED_ROWS}
+    (probed,) = read_parts(data.model_copy(update=first), kind=None)
+    return SHAPES[probed.shapes[data.sources[0]]].record
 
 
-def _train(model: Any, config: RewardModelConfig, *, tokenizer: Any, material: Material) -> list[float]:
-    """Train in place and return the validation pair accuracy after each epoch."""
-    rng = random.Random(config.seed)
-
-    def encode(text: str, end: bool) -> list[int]:
-        return encode_document(tokenizer, text, end=end)[: config.max_length]
-
-    epochs = [
-        list(epoch_groups(material.train, group_size=config.group_size, encode=encode, rng=rng))
-        for _ in range(config.num_epochs)
+def evaluate(model: Any, rankings: RankingRows) -> Evaluation:
+    """Return the figures of a model on encoded rankings."""
+    scores = score_all(model, [ids for row in rankings.rows for ids in row["answer_ids"]]).double()
+    groups = torch.split(scores, [len(row["levels"]) for row in rankings.rows])
+    judged = [
+        Judged(group.numpy(), np.array(row["levels"], dtype=float), np.array(lengths, dtype=float))
+        for group, row, lengths in zip(groups, rankings.rows, rankings.lengths, strict=True)
     ]
-    num_steps = sum(len(groups) // config.groups_per_step for groups in epochs)
-    if num_steps == 0:
-        raise InvalidArgumentError("too few training sentences for one step; lower it", field="groups_per_step")
-    optimisers = fine_tuning_optimisers(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    labels = torch.tensor([item.label for item in material.validation])
-    accuracies: list[float] = []
-    step = 0
-    with progress_line("reward model", total=num_steps) as report:
-        for groups in epochs:
-            for start in range(0, len(groups) - config.groups_per_step + 1, config.groups_per_step):
-                batch = groups[start : start + config.groups_per_step]
-                loss = _step_loss(model, batch, pad_token_id=tokenizer.pad_token_id)
-                torch.autograd.backward(loss)
-                apply_step(optimisers, learning_rate=_learning_rate(config, step, num_steps=num_steps))
-                step += 1
-                report(step, f"loss {loss.item():.3f}  pairs {accuracies[-1] if accuracies else float('nan'):.3f}")
-            rows = _encode_all(material.validation, tokenizer)
-            accuracies.append(pair_accuracy(score_all(model, rows, pad_token_id=tokenizer.pad_token_id), labels))
-            log.info("reward model step %d validation pair accuracy %.4f", step, accuracies[-1])
-    return accuracies
+    return evaluate_rankings(judged)
 
 
-def _step_loss(model: Any, groups: Sequence[Group], *, pad_token_id: int) -> Tensor:
-    rows = [ids for group in groups for ids in group.token_ids]
-    scores = scores_by_length(model, rows, pad_token_id=pad_token_id).view(len(groups), -1)
-    loss, _ = ranked_group_loss(scores, torch.tensor([group.levels for group in groups]))
-    return loss
-
-
-def _learning_rate(config: RewardModelConfig, step: int, *, num_steps: int) -> float:
-    warmup_steps = int(config.warmup_fraction * num_steps)
-    return config.learning_rate * schedule_factor(step, num_steps=num_steps, warmup_steps=warmup_steps)
+def _counts(material: Material) -> dict[str, Any]:
+    return {
+        "longer_wins_in_all_data": material.longer_wins,
+        "train_rankings": len(material.train.rows),
+        "train_answers": material.train.num_answers,
+        "train_tokens": material.train.num_tokens,
+        "validation_rankings": len(material.validation.rows),
+        "overlong_records": material.train.num_overlong + material.validation.num_overlong,
+    }

@@ -1,142 +1,191 @@
-"""A reward model on a causal base: building it, reading its scores, writing it as an adapter folder."""
+"""A reward model on a causal base: building it, reading its scores, writing its folder."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from tether.errors import InvalidArgumentError
-from tether_services.recipes.config import LORA_TARGETS, RewardModelConfig
+from tether_services.recipes.artifact import relative_base, write_adapter
+from tether_services.recipes.base_model import load_base, with_adapter
+from tether_services.recipes.config import RewardModelConfig
+from tether_services.recipes.progress import tracked
+from tether_services.runtime.durable import write_text
 
-SCORE_BATCH = 16
-"""Texts in one forward pass: few enough that sorting by length saves padding."""
+__all__ = [
+    "Normalisation",
+    "build_reward_model",
+    "normalise",
+    "pad_rows",
+    "raw_scores",
+    "score_all",
+    "write_reward_model",
+]
+
+ROWS_PER_PASS = 16
+"""Rows in one forward pass: few enough that sorting by length saves padding."""
 REWARD_NAME = "tether_reward.json"
+HEAD_WEIGHT = "score.weight"
+MIN_DEVIATION = 1e-6
+"""Spread of equal scores that the rounding of float32 alone makes, relative to the score or to 1."""
+FILL_ID = 0
+"""Any id of the vocabulary: it stands to the right of every real token, where causal attention never looks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """`tether_reward.json`: the base of a reward adapter and its scale, score = gain * (raw - bias)."""
+    """score = gain * (raw - bias), so that the scores of the demonstrations have mean 0 and standard deviation 1."""
 
-    base: str
-    """Folder of the base model, relative to the folder of this file."""
     gain: float
     """Factor, above 0."""
     bias: float
     """Mean raw score of the demonstrations."""
-    max_length: int
-    """Longest text in tokens."""
-
-    def write(self, folder: Path) -> Path:
-        """Write the file into a reward model folder and return its path."""
-        path = folder / REWARD_NAME
-        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return path
+    num_demonstrations: int
 
 
-def build_reward_model(config: RewardModelConfig, *, pad_token_id: int) -> Any:
-    """Return the base with a fresh LoRA adapter and score head, both trainable, everything else frozen.
+def build_reward_model(config: RewardModelConfig, folder: Path, *, pad_token_id: int) -> Any:
+    """Return the base with a score head in float32, and with a fresh adapter where one is trained.
 
-    The head starts with standard deviation 1 / sqrt(h + 1) and has no bias; the adapter starts as no change.
-
-    Raises:
-        InvalidArgumentError: No model in the folder.
-    """
-    try:
-        base = AutoModelForSequenceClassification.from_pretrained(
-            config.base, num_labels=1, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"no model in {config.base}: {error}", field="base") from error
-    base.config.pad_token_id = pad_token_id
-    nn.init.normal_(base.score.weight, std=1.0 / math.sqrt(base.config.hidden_size + 1))
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(LORA_TARGETS),
-    )
-    return get_peft_model(base, lora)  # this task type trains and saves the module `score` whole
-
-
-def raw_scores(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int) -> Tensor:
-    """Return the head's value at the last token of each row, [N] float32.
-
-    The index comes from the lengths of the rows, not from a search for padding, which is on the right.
+    The head is fresh, with standard deviation 1 / sqrt(h + 1) and no bias (D32), unless the base is a reward model.
 
     Args:
-        model: What `build_reward_model` returned, or a loaded `PeftModel` of the same shape.
-        rows: N sequences of token ids, none empty.
-        pad_token_id: Fills the rows on the right; its value does not reach the scores.
+        config: The stage.
+        folder: Of the base.
+        pad_token_id: Noted in the model's configuration for libraries that look for padding; this project does not.
 
     Raises:
-        InvalidArgumentError: A row is empty.
+        InvalidArgumentError: The folder does not hold a decoder, or the adapter does not fit.
+    """
+    options = {"num_labels": 1, "pad_token_id": pad_token_id, "may_lack": (HEAD_WEIGHT,)}
+    model = load_base(AutoModelForSequenceClassification, config, folder, **options)
+    if not hasattr(model, "score"):
+        message = f"{type(model).__name__} has no `score` head; only decoder models can be scored at the last token"
+        raise InvalidArgumentError(message, field="base")
+    model.score.float()
+    if not _has_trained_head(folder):
+        nn.init.normal_(model.score.weight, std=1.0 / math.sqrt(model.score.in_features + 1))
+    return with_adapter(model, config, task=TaskType.SEQ_CLS)
+
+
+def _has_trained_head(folder: Path) -> bool:
+    """Return whether the folder's own configuration names a model with a score head."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return any("ForSequenceClassification" in name for name in content.get("architectures") or ())
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return rows of token ids with padding on the right, [R, T], and their lengths, [R].
+
+    Raises:
+        InvalidArgumentError: There is no row, or one is empty: it has no token to read a score at.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    if not rows or int(lengths.min()) == 0:
+    if not len(rows) or int(lengths.min()) == 0:
         raise InvalidArgumentError("every text to score needs a token", field="token_ids")
-    ids = torch.full((len(rows), int(lengths.max())), pad_token_id)
+    token_ids = torch.full((len(rows), int(lengths.max())), FILL_ID)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-    classifier = model.get_base_model()
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    hidden = classifier.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    last = hidden[torch.arange(len(rows)), lengths - 1]
-    values: Tensor = classifier.score(last)
-    return values.squeeze(-1).float()
+        token_ids[index, : len(row)] = torch.as_tensor(row)
+    return token_ids, lengths
 
 
-def scores_by_length(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int) -> Tensor:
-    """Return the raw scores of any number of rows, [N], in their order; rows of like length share a forward pass."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    batches = [order[start : start + SCORE_BATCH] for start in range(0, len(order), SCORE_BATCH)]
-    parts = [raw_scores(model, [rows[index] for index in batch], pad_token_id=pad_token_id) for batch in batches]
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+def raw_scores(
+    model: Any, token_ids: Tensor, lengths: Tensor, *, precision: AbstractContextManager[Any] | None = None
+) -> Tensor:
+    """Return the head's value at the last token of each row, [R], at least float32; rows of like length share a pass.
+
+    The place comes from the lengths (D34). Padding is on the right, where causal attention never looks, so that no
+    mask is needed and its value has no influence.
+
+    Args:
+        model: What `build_reward_model` returned, or any decoder with a `score` head of one output.
+        token_ids: [R, T].
+        lengths: [R], each at least 1.
+        precision: Around the body of the model, for example autocast; the head computes in its own type.
+    """
+    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
+    order = torch.argsort(lengths, stable=True)
+    parts = []
+    with precision or nullcontext():
+        for chosen in torch.split(order, ROWS_PER_PASS):
+            width = int(lengths[chosen].max())
+            parts.append(_last_hidden(classifier, token_ids[chosen, :width], lengths[chosen]))
+    hidden = torch.cat(parts)[torch.argsort(order)]
+    values: Tensor = classifier.score(hidden.to(_head_dtype(classifier)))
+    return values.squeeze(-1)
 
 
-def score_all(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int) -> Tensor:
-    """Return the raw scores of any number of rows, [N], in their order, without gradients."""
+def _last_hidden(classifier: Any, token_ids: Tensor, lengths: Tensor) -> Tensor:
+    body = getattr(classifier, classifier.base_model_prefix)
+    hidden: Tensor = body(input_ids=token_ids, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+
+
+def _head_dtype(classifier: Any) -> torch.dtype:
+    """Return the type of the head that is in use: with an adapter, of its own copy."""
+    dtype: torch.dtype = list(classifier.score.parameters())[-1].dtype
+    return dtype
+
+
+def score_all(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the raw scores of any number of rows, [N] on the CPU, in their order, without gradients or dropout.
+
+    Args:
+        model: See `raw_scores`.
+        rows: N sequences of token ids, at least one, none empty.
+    """
+    was_training = model.training
     model.eval()
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    chunks = [order[start : start + ROWS_PER_PASS] for start in range(0, len(order), ROWS_PER_PASS)]
+    parts = []
     with torch.inference_mode():
-        scores = scores_by_length(model, rows, pad_token_id=pad_token_id)
-    model.train()
-    return scores
+        for chunk in tracked(chunks, title="scores"):
+            token_ids, lengths = (tensor.to(model.device) for tensor in pad_rows([rows[index] for index in chunk]))
+            parts.append(raw_scores(model, token_ids, lengths).cpu())
+    model.train(was_training)
+    return torch.cat(parts)[torch.argsort(torch.tensor(order))]
 
 
-def write_reward_model(model: Any, config: RewardModelConfig, *, bias: float) -> Normalisation:
-    """Write adapter, head and normalisation into the output folder and return the normalisation.
+def normalise(model: Any, demonstrations: Sequence[Sequence[int]]) -> Normalisation:
+    """Return the constants that give the demonstrations' scores mean 0 and standard deviation 1 (D13).
 
-    The adapter names its base by a relative path: the two folders can be moved together.
+    Args:
+        model: See `raw_scores`.
+        demonstrations: Token ids.
+
+    Raises:
+        InvalidArgumentError: All of them have the same score, so that no factor gives a deviation of 1.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
-    reference = config.base_reference or Path(os.path.relpath(config.base, config.output)).as_posix()
-    _write_adapter(model, config.output, base=reference)
-    normalisation = Normalisation(base=reference, gain=1.0, bias=round(bias, 6), max_length=config.max_length)
-    normalisation.write(config.output)
-    return normalisation
+    scores = score_all(model, demonstrations).double()
+    bias, deviation = float(scores.mean()), float(scores.std(correction=0))
+    if not deviation > MIN_DEVIATION * max(1.0, abs(bias)):
+        message = f"the scores of {len(demonstrations)} demonstrations are all {bias:g}; give more, and different, ones"
+        raise InvalidArgumentError(message, field="demonstrations")
+    return Normalisation(gain=1.0 / deviation, bias=bias, num_demonstrations=len(demonstrations))
 
 
-def _write_adapter(model: Any, folder: Path, *, base: str) -> None:
-    """Write the adapter's two files, without the model card that the library would put over an existing one.
+def write_reward_model(model: Any, tokenizer: Any, config: RewardModelConfig, normalisation: Normalisation) -> None:
+    """Write the folder that the reward service and the critic load: an adapter with its head, or a whole model.
 
-    Lists are sorted: the library keeps sets, whose order changes from run to run.
+    An adapter names its base by a relative path: the two folders can be moved together.
     """
-    settings = model.peft_config["default"].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    for name in ("target_modules", "modules_to_save"):
-        settings[name] = sorted(set(settings[name]))
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = ""
+    if isinstance(model, PeftModel):
+        base = config.base_reference or relative_base(config.base, config.output)
+        write_adapter(model, config.output, base=base)
+    else:
+        model.save_pretrained(config.output)
+    tokenizer.save_pretrained(config.output)
+    constants = {name: value for name, value in asdict(normalisation).items() if name in ("gain", "bias")}
+    content = {"base": base, **constants, "max_length": config.max_tokens}
+    write_text(config.output / REWARD_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")

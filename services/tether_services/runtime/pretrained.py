@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,12 +76,22 @@ def _with_one_arithmetic(model: Any) -> Any:
     """Return the quantised model with the same arithmetic in training and evaluation.
 
     On processors with bfloat16 instructions the library would repack 4-bit weights at the first evaluation, compute in
-    bfloat16 from then on, and fail on layers whose inputs are not a multiple of 64.
+    bfloat16 from then on, and fail on layers whose inputs are not a multiple of 64. In 8 bits on a processor it would
+    also round what it multiplies in evaluation, by columns of the whole batch: a row's result would then depend on the
+    rows beside it. Its layers for training, which round the weights alone, are the faster ones there too.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
+            module.train = MethodType(_stay_in_training, module)
     return model
+
+
+def _stay_in_training(module: Any, mode: bool = True) -> Any:
+    """Do what `nn.Module.train` does, but for the change of mode."""
+    module.training = True
+    return module
 
 
 def _quantization_config(quantization: Quantization, dtype: str) -> BitsAndBytesConfig:
