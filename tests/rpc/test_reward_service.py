@@ -98,6 +98,20 @@ def test_a_transformers_model_scores_text_chat_and_token_ids_alike(tmp_path: Pat
     with_reward(scenario, model=str(folder))
 
 
+def test_preferences_are_on_the_scale_that_the_model_was_trained_on(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path / "classifier")
+    (folder / "tether_reward.json").write_text('{"gain": 4.0, "bias": 0.5}')
+
+    async def scenario(client: RewardClient, served: Served) -> None:
+        found = await client.compare("the cat", ["is happy", "is sad"])
+        first, second = found.scores
+        assert first.score - second.score == pytest.approx(4.0 * (first.raw_score - second.raw_score))
+        expected = 1 / (1 + math.exp(second.raw_score - first.raw_score))
+        assert [pair.probability for pair in found.preferences] == pytest.approx([expected])
+
+    with_reward(scenario, model=str(folder))
+
+
 def test_components_come_back_beside_their_sum(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", write_policy(tmp_path / "policy"), gain=2.0, bias=0.5)
     parts = [

@@ -241,6 +241,14 @@ def test_an_empty_part_is_refused_with_the_way_out(tmp_path: Path) -> None:
 # Kinds
 
 
+def test_an_error_names_its_setting_where_the_data_is_a_part_of_a_larger_configuration(tmp_path: Path) -> None:
+    config = data_config(str(tmp_path / "absent.jsonl"))
+    for prefix, field in (("", "sources"), ("data", "data.sources"), ("demonstrations", "demonstrations.sources")):
+        with pytest.raises(InvalidArgumentError, match="absent") as caught:
+            read_rankings(config, field=prefix)
+        assert [violation.field for violation in caught.value.violations] == [field]
+
+
 def test_the_report_is_json_and_adds_up(tmp_path: Path) -> None:
     rows = [*(pair(n) for n in range(20)), pair(3), {**pair(4), "chosen": "No 4"}, "{"]
     source = write_rows(tmp_path / "rows.jsonl", rows)

@@ -110,6 +110,8 @@ def test_pairs_come_with_prompts_as_text_messages_or_instruction(fields: dict[st
 @pytest.mark.parametrize("margin", [0, 2, 0.5])
 def test_a_margin_is_kept(margin: float) -> None:
     assert parse("pairs", **GOOD_ROWS["pairs"], margin=margin) == [ranking("Hi", margin=float(margin))]
+    (ranked,) = parse("ranked", **GOOD_ROWS["ranked"], margin=margin)
+    assert isinstance(ranked, Ranking) and ranked.margin == margin
 
 
 # Rankings

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def words(text: str) -> list[int]:
 def test_text_becomes_prompt_with_bos_and_response_without(codec: HfCodec) -> None:
     task = reader(codec).prepare(ScoreInput(prompt="the cat", response="is happy")).task
     assert task == ScoreTask(prompt_token_ids=(1, *words("the cat")), response_token_ids=tuple(words("is happy")))
+
+
+def test_a_model_trained_on_ended_texts_reads_the_end_token_behind_a_text_and_nothing_behind_token_ids(
+    codec: HfCodec,
+) -> None:
+    ending = replace(reader(codec), ends_text=True)
+    assert ending.prepare(ScoreInput(prompt="the", response="cat")).task.response_token_ids == (*words("cat"), 2)
+    assert ending.prepare(ScoreInput(response_token_ids=(5, 6))).task.response_token_ids == (5, 6)
+    bytes_read = replace(ending, codec=ByteCodec(), vocab_size=ByteCodec.vocab_size)
+    assert bytes_read.prepare(ScoreInput(response="a")).task.response_token_ids == (100, ByteCodec.eos_id)
 
 
 def test_text_and_token_forms_agree(codec: HfCodec) -> None:

@@ -67,6 +67,18 @@ def test_text_keeps_its_ids_while_conversations_are_encoded_in_another_thread(ch
     assert different == []
 
 
+def test_the_marks_of_a_template_are_special_tokens_whatever_the_tokenizer_does_with_text(chat_model: Path) -> None:
+    settings = json.loads((chat_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    ids = []
+    for splits in (False, True):
+        changed = settings | {"split_special_tokens": splits, "chat_template": template}
+        (chat_model / "tokenizer_config.json").write_text(json.dumps(changed), encoding="utf-8")
+        ids.append(HfCodec(chat_model).encode_chat([Message("user", "hello")], add_generation_prompt=False))
+    assert ids[0] == ids[1]
+    assert (ids[0][0], ids[0][-1], ids[0].count(1)) == (1, 2, 1)
+
+
 def test_a_conversation_that_the_template_refuses_is_the_callers_mistake(chat_model: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="system turns are not supported") as caught:
         HfCodec(chat_model).encode_chat([Message("system", "x")], add_generation_prompt=True)

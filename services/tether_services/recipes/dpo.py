@@ -87,7 +87,7 @@ def _run(stage: Stage, config: DpoConfig) -> Path:
     if config.reference and not (stage.work / REFERENCE_NAME).is_file():
         check_service(config.reference, base_sha256, max_tokens=config.max_tokens)
     tokenizer = load_tokenizer(folder)
-    data = read_rankings(config.data)
+    data = read_rankings(config.data, field="data")
     train, validation = _encode(data, Renderer(tokenizer, template=config.template), config)
     model = with_adapter(load_base(AutoModelForCausalLM, config, folder), config, task=TaskType.CAUSAL_LM)
     trainer = build_trainer(stage, config, model=model, tokenizer=tokenizer, parts=(train, validation))

@@ -62,7 +62,7 @@ def run_pretrain(config: PretrainConfig, mode: Mode | None = None) -> Path:
 
 
 def _run(stage: Stage, config: PretrainConfig) -> Path:
-    data = read_documents(config.data)
+    data = read_documents(config.data, field="data")
     tokenizer = _tokenizer(config, data.train)
     encoded = [
         encode_document(tokenizer, document.text) for document in tracked(data.train, title="pretrain: token ids")

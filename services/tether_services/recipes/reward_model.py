@@ -137,7 +137,7 @@ def read_material(config: RewardModelConfig, renderer: Renderer) -> Material:
 
 
 def _ranking_material(config: RewardModelConfig, renderer: Renderer) -> Material:
-    data = read_rankings(config.data)
+    data = read_rankings(config.data, field="data")
     if config.objective == "regression" and not all(item.is_scored for item in (*data.train, *data.validation)):
         message = "regression needs answers with scores; there are ranks only: set objective to ranking"
         raise InvalidArgumentError(message, field="objective")
@@ -156,7 +156,7 @@ def _labelled_material(config: RewardModelConfig, renderer: Renderer) -> Materia
     if config.objective == "regression":
         message = "regression needs answers with scores; labels are none: set objective to ranking"
         raise InvalidArgumentError(message, field="objective")
-    data = read_labelled(config.data)
+    data = read_labelled(config.data, field="data")
     train = labelled_rankings(data.train, renderer, config)
     best = [renderer.document_ids(item.text)[: config.max_tokens] for item in data.train if item.label == 1]
     validation = labelled_pools(data.validation, renderer, config)
@@ -170,9 +170,9 @@ def _demonstrations(config: RewardModelConfig, renderer: Renderer, best: Sequenc
     most = min(config.demonstration_tokens or config.max_tokens, config.max_tokens)
     data: DataSet[Document] | DataSet[Demonstration]
     if _kind_of(config.demonstrations) is Document:
-        data = read_documents(config.demonstrations)
+        data = read_documents(config.demonstrations, field="demonstrations")
         return [renderer.document_ids(item.text)[:most] for item in (*data.train, *data.validation)]
-    data = read_demonstrations(config.demonstrations)
+    data = read_demonstrations(config.demonstrations, field="demonstrations")
     items = (*data.train, *data.validation)
     return [(renderer.prompt_ids(i.prompt) + renderer.answer_ids(i.prompt, i.answer))[:most] for i in items]
 

@@ -58,7 +58,7 @@ def run_sft(config: SftConfig, mode: Mode | None = None) -> Path:
 def _run(stage: Stage, config: SftConfig) -> Path:
     folder = base_folder(config)
     tokenizer = load_tokenizer(folder)
-    data = read_demonstrations(config.data)
+    data = read_demonstrations(config.data, field="data")
     renderer = Renderer(tokenizer, template=config.template)
     train, validation = (encode_demonstrations(part, renderer, config) for part in (data.train, data.validation))
     if not train.rows or not validation.rows:

@@ -28,6 +28,8 @@ class EngineDescription:
     """Number of token ids; 0 if it reads text."""
     codec: TextCodec | None
     """Its tokenizer; None if it reads text."""
+    ends_text: bool = False
+    """Whether it was trained on texts with their end token, which is then put behind a text to score."""
 
     @property
     def reads_tokens(self) -> bool:

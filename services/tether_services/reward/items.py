@@ -53,6 +53,8 @@ class ItemReader:
     """Tokens per item at most; 0 if no component reads them."""
     max_text_chars: int
     """Characters at most of a prompt, of a response and of a conversation."""
+    ends_text: bool = False
+    """Whether the end token is put behind a response that came as text."""
 
     def prepare(self, item: ScoreInput) -> PreparedItem:
         """Return the item in the forms that the components read. Slow for long text: call it in a thread.
@@ -95,7 +97,8 @@ class ItemReader:
         if item.messages:
             return encode_conversation(codec, item.messages)
         prompt = codec.encode(item.prompt, add_special_tokens=True)
-        return prompt, codec.encode(item.response, add_special_tokens=False)
+        response = codec.encode(item.response, add_special_tokens=False)
+        return prompt, codec.end(response) if self.ends_text else response
 
     def _needed_codec(self) -> TextCodec:
         if self.codec is None:

@@ -157,12 +157,18 @@ def build_reader(
     """Return the reader for items of these components.
 
     Raises:
-        InvalidArgumentError: Two components read different token ids.
+        InvalidArgumentError: Two components read different token ids, or only one of them the end token.
     """
     readers = [c.engine.description for c in components if c.engine.description.reads_tokens]
     used = codec or (readers[0].codec if readers else None)
     for reader in readers:
         check_same_tokenizer(used, reader.codec, model=model)
+    if len({reader.ends_text for reader in readers}) > 1:
+        raise InvalidArgumentError(
+            f"Some components of model {model} score texts with the end token, others without; make them models of"
+            " their own.",
+            field="models",
+        )
     return ItemReader(
         codec=used,
         reads_text=len(readers) < len(components),
@@ -170,6 +176,7 @@ def build_reader(
         vocab_size=min((reader.vocab_size for reader in readers), default=0),
         max_model_len=min((reader.max_model_len for reader in readers), default=0),
         max_text_chars=max_text_chars,
+        ends_text=any(reader.ends_text for reader in readers),
     )
 
 

@@ -104,11 +104,12 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         outcomes = await self._judge(model, items, timeout_seconds=context.time_remaining())
         judgements = [expect_judgement(outcome, index=index) for index, outcome in enumerate(outcomes)]
         scores = [judgement.score for judgement in judgements]
+        gain, _ = model.scale()
         return reward_pb2.CompareResponse(
             scores=[write_score(judgement, field="") for judgement in judgements],
             ranking=rank(scores),
             preferences=[
-                reward_pb2.PairPreference(first=i, second=j, probability=preference(scores[i], scores[j]))
+                reward_pb2.PairPreference(first=i, second=j, probability=preference(scores[i] / gain, scores[j] / gain))
                 for i in range(count)
                 for j in range(i + 1, count)
             ],

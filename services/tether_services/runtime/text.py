@@ -31,6 +31,10 @@ class TextCodec(Protocol):
         """Return the ids; special strings inside the text are read as ordinary characters."""
         ...
 
+    def end(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the ids with the end token behind them, once; as they are where the model has none."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text without special tokens."""
         ...
@@ -55,6 +59,10 @@ class ByteCodec:
         """Return one id per byte."""
         ids = [3 + byte for byte in text.encode("utf-8")]
         return [self.bos_id, *ids] if add_special_tokens else ids
+
+    def end(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the ids with the end token behind them, once."""
+        return [*token_ids] if token_ids[-1:] == [self.eos_id] else [*token_ids, self.eos_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text; bytes that are not UTF-8 become the replacement character."""
@@ -97,8 +105,12 @@ class HfCodec:
 
     def encode_document(self, text: str) -> list[int]:
         """Return the ids of a whole document: with its beginning-of-text token and, if there is one, its end token."""
+        return self.end(self.encode(text, add_special_tokens=True))
+
+    def end(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the ids with the end token behind them, once; as they are where the tokenizer has none."""
         end = self._tokenizer.eos_token_id
-        ids = self.encode(text, add_special_tokens=True)
+        ids = [*token_ids]
         return ids if end is None or ids[-1:] == [end] else [*ids, int(end)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -125,7 +137,11 @@ class HfCodec:
         try:
             with self._lock:
                 ids = self._tokenizer.apply_chat_template(
-                    plain, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+                    plain,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=True,
+                    return_dict=False,
+                    tokenizer_kwargs={"split_special_tokens": False},  # else the template's marks would be words
                 )
         except TemplateError as error:
             raise InvalidArgumentError(

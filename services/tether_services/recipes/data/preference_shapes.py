@@ -80,10 +80,7 @@ def parse_pair(row: Fields, place: Place) -> Iterator[Ranking | Dropped]:
     chosen, rejected = (_read_side(row.get(name), name=name) for name in SIDES)
     if chosen[0] != rejected[0]:
         raise RowError("different_prompts")
-    margin = None if row.get("margin") is None else number_of(row["margin"], name="margin", reason="bad_margin")
-    if margin is not None and margin < 0:
-        raise RowError("bad_margin", "margin is negative")
-    yield _pair(_pair_prompt(row, chosen[0]), (chosen[1], rejected[1]), place=place, margin=margin)
+    yield _pair(_pair_prompt(row, chosen[0]), (chosen[1], rejected[1]), place=place, margin=_margin(row))
 
 
 def _read_side(value: object, *, name: str) -> tuple[tuple[Turn, ...], str]:
@@ -94,6 +91,13 @@ def _read_side(value: object, *, name: str) -> tuple[tuple[Turn, ...], str]:
     if not turns or turns[-1].role != "assistant":
         raise RowError("no_reply", f"{name} does not end with the assistant's turn")
     return turns[:-1], turns[-1].content
+
+
+def _margin(row: Fields) -> float | None:
+    margin = None if row.get("margin") is None else number_of(row["margin"], name="margin", reason="bad_margin")
+    if margin is not None and margin < 0:
+        raise RowError("bad_margin", "margin is negative")
+    return margin
 
 
 def _pair_prompt(row: Fields, shared: tuple[Turn, ...]) -> Prompt:
@@ -112,7 +116,7 @@ def parse_ranked(row: Fields, place: Place) -> Iterator[Ranking | Dropped]:
     """Yield the ranking of K answers with ranks (smaller is better) or scores (higher is better).
 
     Raises:
-        RowError: too_few_answers, lengths_differ, bad_level, or as `read_prompt` and `check_text`.
+        RowError: too_few_answers, lengths_differ, bad_level, bad_margin, or as `read_prompt` and `check_text`.
     """
     prompt, items = read_prompt(row.get("prompt"), name="prompt"), list_of(row, "answers")
     if len(items) < 2:
@@ -127,7 +131,7 @@ def parse_ranked(row: Fields, place: Place) -> Iterator[Ranking | Dropped]:
     answers = tuple(check_text(text, name=f"answers[{i}]", blank="empty_answer") for i, text in enumerate(texts))
     numbers = (number_of(level, name=f"{levels_name}[{i}]", reason="bad_level") for i, level in enumerate(levels))
     signed = tuple(number if is_scored else 0.0 - number for number in numbers)
-    yield _ranking(Ranking(prompt, answers, signed, place, is_scored=is_scored))
+    yield _ranking(Ranking(prompt, answers, signed, place, margin=_margin(row), is_scored=is_scored))
 
 
 def _read_answer_objects(items: Sequence[Fields]) -> tuple[Sequence[object], Sequence[object], bool]:

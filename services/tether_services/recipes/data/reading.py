@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from tether.errors import InvalidArgumentError
+from tether.errors import FieldViolation, InvalidArgumentError
 from tether_services.recipes.config import DataConfig
 from tether_services.recipes.data.problems import Dropped, Malformed, RowError, Tally
 from tether_services.recipes.data.records import Demonstration, Document, LabelledText, Ranking
@@ -88,43 +88,54 @@ class Part:
     tally: Tally
 
 
-def read_demonstrations(config: DataConfig) -> DataSet[Demonstration]:
+def read_demonstrations(config: DataConfig, *, field: str = "") -> DataSet[Demonstration]:
     """Return prompts with the answer to learn; of rankings the best answer, the first of several.
 
     Raises:
         InvalidArgumentError: A source cannot be read, too much of it is malformed, or one part is empty.
     """
-    return _read(config, Demonstration)
+    return _read(config, Demonstration, field=field)
 
 
-def read_rankings(config: DataConfig) -> DataSet[Ranking]:
+def read_rankings(config: DataConfig, *, field: str = "") -> DataSet[Ranking]:
     """Return prompts with ranked answers.
 
     Raises:
         InvalidArgumentError: As `read_demonstrations`.
     """
-    return _read(config, Ranking)
+    return _read(config, Ranking, field=field)
 
 
-def read_documents(config: DataConfig) -> DataSet[Document]:
+def read_documents(config: DataConfig, *, field: str = "") -> DataSet[Document]:
     """Return plain texts; of labelled texts the words. The only document of a source, a book, is always trained on.
 
     Raises:
         InvalidArgumentError: As `read_demonstrations`.
     """
-    return _read(config, Document)
+    return _read(config, Document, field=field)
 
 
-def read_labelled(config: DataConfig) -> DataSet[LabelledText]:
+def read_labelled(config: DataConfig, *, field: str = "") -> DataSet[LabelledText]:
     """Return texts with labels; two spellings of a sentence are one text, and the first one's label counts.
 
     Raises:
         InvalidArgumentError: As `read_demonstrations`.
     """
-    return _read(config, LabelledText)
+    return _read(config, LabelledText, field=field)
 
 
-def _read(config: DataConfig, kind: type[RecordT]) -> DataSet[RecordT]:
+def _read(config: DataConfig, kind: type[RecordT], *, field: str) -> DataSet[RecordT]:
+    """Return the data; errors name their setting under `field`, where the configuration stands in a larger one."""
+    try:
+        return _read_kind(config, kind)
+    except InvalidArgumentError as error:
+        if not field:
+            raise
+        violations = tuple(FieldViolation(f"{field}.{v.field}", v.description) for v in error.violations)
+        raise InvalidArgumentError(error.message, reason=error.reason, violations=violations) from error
+
+
+def _read_kind(config: DataConfig, kind: type[RecordT]) -> DataSet[RecordT]:
     parts = read_parts(config, kind=kind)
     for part, field in zip(parts, ("sources", "validation_sources"), strict=False):
         _check_share(part.tally, field=field, most=config.max_malformed_share)

@@ -59,7 +59,8 @@ SHAPES: dict[str, RowShape] = {
             Ranking,
             parse_ranked,
             '{"prompt": "Hi", "answers": ["Hello!", "Hey.", "What?"], "ranks": [0, 1, 1]}\n'
-            "ranks: smaller is better; or scores: higher is better. Ties are allowed. Also answers:\n"
+            "ranks: smaller is better; or scores: higher is better. Ties are allowed, margin is optional. Also\n"
+            "answers:\n"
             '[{"text": "Hello!", "rank": 0}, ...] or [{"text": "Hello!", "score": 3.5}, ...].',
         ),
         RowShape(

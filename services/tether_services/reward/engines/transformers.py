@@ -50,6 +50,8 @@ class RewardScale(Settings):
     """See gain."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens per item at most; unset: what the model was made for."""
+    ends_text: bool = False
+    """Whether texts are scored with the end token behind them, as in the training; token ids are taken as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class TransformersRewardEngine:
             max_model_len=min(found.scale.max_length or longest, longest),
             vocab_size=int(limits.vocab_size),
             codec=HfCodec(found.base, field=self._field),
+            ends_text=found.scale.ends_text,
         )
 
     @torch.inference_mode()
