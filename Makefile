@@ -28,7 +28,7 @@ up: install ## the four services on this machine, until Ctrl-C
 test: install ## all tests, real vLLM included where it is installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-bench: install ## the benchmark tables, about 40 minutes on two cores
+bench: install ## the benchmark tables, about an hour on two cores
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/learning.py methods
 	$(BIN)/python benchmarks/learning.py frontier

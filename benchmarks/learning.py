@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     studies = parser.add_subparsers(dest="study", required=True)
-    methods = _add_study(studies, "methods", seeds=[0, 1, 2, 3, 4], steps=40)
+    methods = _add_study(studies, "methods", seeds=[0, 1, 2, 3, 4], steps=60)
     methods.add_argument("--kl-target", type=float, default=6.0, help="nats per response")
     methods.add_argument("--kl-horizon", type=float, default=320.0, help="at 64 responses a step, 4 %% a step")
     methods.add_argument("--kl-coef", type=float, default=0.7, help="where the controller begins")
