@@ -5,9 +5,10 @@
 #
 # small  the packaged story model and the HH files in $DATA (../shared/data beside the checkout): two CPU cores, minutes.
 #        It shows that the stages fit together; a model of this size does not learn to help.
-# hub    $BASE (Qwen/Qwen2.5-1.5B) and Anthropic/hh-rlhf from the hub: one GPU of 16 GB.
+# hub    $BASE (Qwen/Qwen2.5-0.5B) and Anthropic/hh-rlhf from the hub, on one GPU.
 #
-# BASE=FOLDER starts from another model; STAGES="sft reward" runs only those. An interrupted run goes on where it was.
+# BASE=FOLDER starts from another model; STAGES="sft reward" runs only those. Finished stages are left as they are, an
+# interrupted SFT, reward model or DPO goes on where it was; an interrupted PPO begins again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -17,6 +18,7 @@ out=${2:-runs/hh}
 stages=${STAGES:-sft reward rankings ppo dpo}
 data=${DATA:-../shared/data}
 here=examples/hh/$scale
+rankings=
 
 case $scale in
   small)
@@ -27,14 +29,10 @@ case $scale in
       echo "error: no $pairs; set DATA to a folder that holds preference/ and ranking/, or run: $0 hub" >&2
       exit 2
     fi
-    ppo=(--set total_steps=12 --set max_prompt_tokens=256 --set max_response_tokens=48 --set ppo.kl_coef=0.2)
     ;;
   hub)
-    base=${BASE:-Qwen/Qwen2.5-1.5B}
+    base=${BASE:-Qwen/Qwen2.5-0.5B}
     pairs=Anthropic/hh-rlhf:train
-    rankings=
-    ppo=(--set total_steps=200 --set prompts_per_step=64 --set max_response_tokens=128 --set trainer.learning_rate=1e-5
-      --set trainer.dtype=bfloat16 --set ppo.kl_coef=0.05)
     ;;
   *)
     sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
@@ -51,15 +49,33 @@ train() { # STAGE FOLDER [KEY=VALUE ...]
   fi
 }
 
+ppo_small() {
+  tether demo --model "$out/sft" --reward-model "$out/reward" --prompts "$out/prompts.jsonl" --output "$out/ppo" --steps 12 \
+    --set max_prompt_tokens=192 --set max_response_tokens=48 --set evaluation_count=32 --set ppo.kl_coef=0.2
+}
+
+ppo_hub() { # the services with the precision of the trainer, then the run
+  tether up --engine vllm --model "$out/sft" --reward-model "$out/reward" --state-dir "$out/ppo" \
+    --set generator.dtype=bfloat16 --set reference.dtype=bfloat16 --set generator.gpu_memory_utilization=0.4 &
+  services=$!
+  trap 'kill "$services"' EXIT
+  until tether run list >/dev/null 2>&1; do kill -0 "$services" && sleep 5; done
+  tether run start "hh-$(date +%s)" --config "$here/ppo.toml" --watch --set "model='$out/sft'" \
+    --set "reward_model='$out/reward'" --set "prompts='$out/prompts.jsonl'"
+}
+
 wants() { [[ " $stages " == *" $1 "* ]]; }
 
 if wants sft; then train sft "$out/sft" "base='$base'" "data.sources=['$pairs']"; fi
-if wants reward; then train reward "$out/reward" "base='$out/sft'" "data.sources=['$pairs']"; fi
-if wants rankings && [[ -n $rankings ]]; then
-  train reward "$out/reward-rankings" "base='$out/sft'" "data.sources=['$rankings']"
+if wants reward; then
+  train reward "$out/reward" "base='$out/sft'" "data.sources=['$pairs']" data.validation_fraction=0.1
 fi
-if wants ppo; then
-  [[ -f $out/prompts.jsonl ]] || tether data prompts "$pairs" --tokenizer "$out/sft" --max-tokens 256 --output "$out/prompts.jsonl"
-  tether demo --model "$out/sft" --reward-model "$out/reward" --prompts "$out/prompts.jsonl" --output "$out/ppo" "${ppo[@]}"
+if wants rankings && [[ -n $rankings ]]; then # long answers, few prompts: cut and not dropped, a larger part measured on
+  train reward "$out/reward-rankings" "base='$out/sft'" "data.sources=['$rankings']" overlong=truncate max_tokens=384 \
+    data.validation_fraction=0.2
+fi
+if wants ppo && ! compgen -G "$out/ppo/*/report.json" >/dev/null; then
+  tether data prompts "$pairs" --tokenizer "$out/sft" --template dialogue --max-tokens 192 --output "$out/prompts.jsonl"
+  "ppo_$scale"
 fi
 if wants dpo; then train dpo "$out/dpo" "base='$out/sft'" "data.sources=['$pairs']"; fi

@@ -13,7 +13,7 @@ from tests.unit.stage_inputs import PACKAGED_POLICY
 from tether_services.recipes.config import SftConfig
 from tether_services.recipes.sft import run_sft
 
-SHORT = {"max_steps": 3, "eval_every": 3, "checkpoint_every": 3, "rows_per_step": 8, "learning_rate": 0.003}
+SHORT = {"max_steps": 8, "eval_every": 8, "checkpoint_every": 8, "rows_per_step": 8, "learning_rate": 0.003}
 FILES = {
     "sft/rasbt-instruction.json": 1100,
     "sft/self-instruct-seeds.jsonl": 175,

@@ -57,7 +57,7 @@ def test_served_demonstrations_have_mean_0_and_deviation_1(
     make: Callable[[Path], RewardModelConfig], tmp_path: Path
 ) -> None:
     config = make(tmp_path)
-    rows = read_material(config, Renderer(AutoTokenizer.from_pretrained(config.base))).demonstrations
+    rows = read_material(config, Renderer(AutoTokenizer.from_pretrained(config.base))).demonstrations.token_ids
     scores = served_scores(run_reward_model(config), rows)
     assert len(scores) == len(rows) >= 72
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-3)

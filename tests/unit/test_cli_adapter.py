@@ -97,6 +97,15 @@ def test_a_folder_that_is_no_lora_adapter_is_refused(
     assert message in shown and "folder" in shown
 
 
+@pytest.mark.parametrize("version", ["0", "-1"])
+def test_a_version_below_1_is_refused_and_not_replaced(
+    adapter: Path, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapter", "push", str(adapter), f"--policy-version={version}"]) == 1
+    shown = capsys.readouterr().err
+    assert f"{version} is no version" in shown and "policy_version" in shown
+
+
 def test_help_says_what_is_pushed_proven_and_activated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["adapter", "push", "--help"])

@@ -65,6 +65,56 @@ def test_the_prompts_of_preference_data_become_the_prompts_of_a_run(
     assert read_prompts(tmp_path / "again.jsonl", field="prompts") == [talk]
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    train_tokenizer(["Question Yes No"], vocab_size=260, max_length=64).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_prompts_are_written_to_a_new_folder_and_everything_left_out_is_counted(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [pair(0), pair(1), pair(0), "{", {**pair(2), "rejected": "Yes 2"}])
+    command = ["data", "prompts", source, "--tokenizer", model, "--output"]
+    target = tmp_path / "new" / "folder" / "prompts.jsonl"
+    assert main([*command, str(target)]) != 0
+    assert "1 of 5 rows (20.0%) are malformed" in capsys.readouterr().err and not target.exists()
+    assert main([*command, str(target), "--max-malformed-share", "0.2"]) == 0
+    assert read_prompts(target, field="prompts") == ["Question 0?", "Question 1?"]
+    printed = capsys.readouterr().out
+    assert "2 prompts, 0 longer ones left out" in printed
+    assert "5 rows; malformed: bad_json 1; dropped: " in printed
+    assert "duplicate 1" in printed and "identical_answers 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--output", "rows.jsonl/prompts.jsonl"], "--output"),
+        (["--output", "model"], "--output"),
+        (["--output", "new.jsonl", "--max-tokens", "0"], "--max-tokens"),
+        (["--output", "new.jsonl", "--max-tokens", "-3"], "--max-tokens"),
+        (["--output", "new.jsonl", "--max-tokens", "1"], "no prompt is left"),
+        (["--output", "new.jsonl", "--template", "chatml"], "chatml"),
+        (["--output", "new.jsonl", "--max-malformed-share", "all"], "max_malformed_share"),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused_by_name(
+    tmp_path: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [pair(1)])
+    assert main(["data", "prompts", "rows.jsonl", "--tokenizer", model, *arguments]) != 0
+    printed = capsys.readouterr()
+    assert named in printed.err and "Traceback" not in printed.err and not printed.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rows.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -73,6 +123,7 @@ def test_the_prompts_of_preference_data_become_the_prompts_of_a_run(
         (["rows.jsonl", "--set", "max_row_bytes=1"], "max_row_bytes"),
         (["rows.jsonl", "--set", "colour=1"], "colour"),
         (["rows.jsonl", "--tokenizer", "absent"], "--tokenizer"),
+        (["rows.jsonl", "--template", "chatml"], "chatml"),
     ],
 )
 def test_what_is_wrong_is_named_on_stderr(

@@ -124,7 +124,7 @@ def test_a_broken_row_is_counted_by_name_with_its_line_and_the_others_stay(
 
 DROPPED: list[tuple[str, str, str, str]] = [
     ("equal ranks only", "ranked", changed("ranked", ranks=[1, 1, 1]), "only_ties"),
-    ("equal scores only", "ranked", changed("ranked", scores=[0.5, 0.5, 0.5]), "only_ties"),
+    ("one answer on two scores", "ranked", changed("ranked", answers=["a", "a"], scores=[1, 2]), "identical_answers"),
     ("one answer on two ranks", "ranked", changed("ranked", answers=["a", "a", "b"]), "identical_answers"),
     ("two equal answers", "pairs", changed("pairs", rejected="Hello"), "identical_answers"),
     ("two equal transcripts", "hh", transcripts(HH + " a", HH + " a"), "identical_answers"),
@@ -167,6 +167,7 @@ CSV: list[tuple[str, str, str, int]] = [
     ("a missing quotation mark", '1,"fine\n0,"dull"\n', "bad_csv", 2),
     ("a quotation mark inside", '1,"fine"ly"\n', "bad_csv", 1),
     ("a label of 2", "2,fine\n", "bad_label", 1),
+    ("a label of a half", "0.5,fine\n", "bad_label", 1),
     ("no label", ",fine\n", "bad_label", 1),
     ("no sentence", "1,\n", "empty_text", 1),
     ("a NUL", "1,fi\0ne\n", "nul_character", 1),

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.unit.data_inputs import GOOD_ROWS, data_config, pair, shared_file, write_rows
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.config import DataConfig
 from tether_services.recipes.data.reading import (
+    read_all_demonstrations,
     read_demonstrations,
     read_documents,
     read_labelled,
     read_parts,
     read_rankings,
 )
-from tether_services.recipes.data.records import Demonstration, LabelledText, Place, Ranking, Turn
+from tether_services.recipes.data.records import Demonstration, LabelledText, Place, Ranking
 from tether_services.recipes.data.shapes import Record
-from tether_services.recipes.data.splitting import canonical_prompt, identity, is_validation, opening, split_key
+from tether_services.recipes.data.splitting import identity, split_key
 from tether_services.recipes.data.wording import overlap_key, tidy_spacing
 
 PLACE = Place("rows", 1)
@@ -34,90 +31,6 @@ def refusal(read: Any, config: DataConfig) -> InvalidArgumentError:
     with pytest.raises(InvalidArgumentError) as caught:
         read(config)
     return caught.value
-
-
-# The split
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    numbers=st.lists(st.integers(0, 30), min_size=5, max_size=60),
-    fraction=st.floats(0.1, 0.5),
-    seed=st.integers(0, 9),
-)
-def test_no_prompt_is_in_both_parts_and_the_order_of_the_rows_changes_nothing(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], fraction: float, seed: int
-) -> None:
-    folder = tmp_path_factory.mktemp("rows")
-    rows = [{**pair(number), "chosen": f"Yes {index}"} for index, number in enumerate(numbers)]
-    rows += [pair(number) for number in (1001, 1004, 1005, 1009, 1010, 1014, 1021, 1023, 1024, 1027)] * 2
-    parts = []
-    for name in ("a.jsonl", "b.jsonl"):
-        data = read_rankings(data_config(write_rows(folder / name, rows), validation_fraction=fraction))
-        prompts = [{record.prompt for record in part} for part in (data.train, data.validation)]
-        assert not prompts[0] & prompts[1]
-        assert len(data.train) + len(data.validation) + sum(data.report.dropped.values()) == len(rows)
-        parts.append([{record.answers for record in part} for part in (data.train, data.validation)])
-        random.Random(seed).shuffle(rows)
-    assert parts[0] == parts[1]
-
-
-def test_the_split_is_the_same_on_every_machine() -> None:
-    kept = [number for number in range(200) if is_validation(f"Question {number}?", fraction=0.05)]
-    assert kept == [int(number) for number in KEPT.split()]
-
-
-KEPT = "15 45 51 75 94 104 126 180 194"
-
-
-def test_what_is_kept_is_decided_by_the_first_four_bytes_of_the_hash() -> None:
-    share = int(hashlib.sha256(b"A story.").hexdigest()[:8], 16) / 2**32
-    assert is_validation("A story.", fraction=share + 1e-9)
-    assert not is_validation("A story.", fraction=share)
-
-
-def test_the_split_keeps_its_share() -> None:
-    count = sum(is_validation(str(number), fraction=0.1) for number in range(20_000))
-    assert 1850 < count < 2150  # three standard deviations of 42 are 127
-
-
-def test_dialogues_from_one_opening_stay_together() -> None:
-    hi, more = (Turn("user", "Hi"),), (Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "So"))
-    assert opening(hi) == opening(more) == opening("Hi") == opening((Turn("system", "Be kind."), *more)) == "Hi"
-    assert opening((Turn("user", " "), Turn("user", "b"))) == "b"
-    assert len({canonical_prompt(prompt) for prompt in ("Hi", hi, more)}) == 3
-
-
-def test_the_groups_of_a_tree_are_in_one_part(tmp_path: Path) -> None:
-    def tree(number: int) -> dict[str, Any]:
-        def reply(text: str, rank: int, *replies: Any) -> dict[str, Any]:
-            return {"text": text, "role": "assistant", "rank": rank, "replies": list(replies)}
-
-        asked = {"text": "more?", "role": "prompter", "replies": [reply("c", 0), reply("d", 1)]}
-        root = {"text": f"Q {number}", "role": "prompter", "replies": [reply("a", 0, asked), reply("b", 1)]}
-        return {"message_tree_id": str(number), "prompt": root}
-
-    data = read_rankings(data_config(write_rows(tmp_path / "trees.jsonl", [tree(n) for n in range(20)])))
-    parts = [{opening(record.prompt) for record in part} for part in (data.train, data.validation)]
-    assert len(data.train) + len(data.validation) == 40
-    assert parts[0] and parts[1] and not parts[0] & parts[1]
-
-
-def test_a_file_is_divided_the_same_way_whatever_it_is_read_as(tmp_path: Path) -> None:
-    rows = [{"instruction": f"Do {n}", "input": "", "output": "a", "chosen": "a", "rejected": "b"} for n in range(40)]
-    source = write_rows(tmp_path / "rows.jsonl", rows)
-    rankings = read_rankings(data_config(source))
-    shown = read_demonstrations(data_config(source, shape="instruction"))
-    assert [r.prompt for r in rankings.validation] == [r.prompt for r in shown.validation]
-
-
-def test_training_rows_with_a_validation_prompt_are_dropped_and_counted(tmp_path: Path) -> None:
-    train = write_rows(tmp_path / "train.jsonl", [pair(n) for n in range(6)])
-    dev = write_rows(tmp_path / "dev.jsonl", [{**pair(n), "chosen": "Other"} for n in (1, 4, 9)])
-    data = read_rankings(data_config(train, validation_sources=(dev,)))
-    assert [record.prompt for record in data.train] == [f"Question {n}?" for n in (0, 2, 3, 5)]
-    assert [record.prompt for record in data.validation] == [f"Question {n}?" for n in (1, 4, 9)]
-    assert data.report.dropped == {"in_validation": 2}
 
 
 # Repeats
@@ -259,11 +172,62 @@ def test_the_report_is_json_and_adds_up(tmp_path: Path) -> None:
     assert report["first_malformed"][0].startswith("rows.jsonl:23: bad_json")
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / end for end in ("x/one/rows.jsonl", "x/two/rows.jsonl", "y/two/rows.jsonl", "x/other.jsonl")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, [*(pair(10 * number + n) for n in range(8)), "{"])
+    report = read_rankings(data_config(*map(str, paths), max_malformed_share=0.5)).report.as_dict()
+    names = ["one/rows.jsonl", "x/two/rows.jsonl", "y/two/rows.jsonl", "other.jsonl"]
+    assert report["shapes"] == dict.fromkeys(names, "pairs")
+    assert [place.split(":")[0] for place in report["first_malformed"]] == names
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "rows.jsonl", [pair(1)])
+    write_rows(tmp_path / "dev.jsonl", [pair(2)])
+    config = data_config("~/rows.jsonl", validation_sources=("~/dev.jsonl",))
+    assert config.sources == (str(tmp_path / "rows.jsonl"),)
+    assert len(read_rankings(config).train) == len(read_rankings(config).validation) == 1
+    assert data_config("org/name:train", "./~/x").sources == ("org/name:train", "./~/x")
+
+
 def test_the_best_answer_of_a_ranking_is_a_demonstration(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q {n}", "answers": ["a", "b", "c"], "scores": [1, 5, 5]} for n in range(12)]
     data = read_demonstrations(data_config(write_rows(tmp_path / "rows.jsonl", rows)))
     assert {record.answer for record in data.train + data.validation} == {"b"}
     assert len(data.train + data.validation) == 12
+
+
+def test_all_demonstrations_are_read_undivided_and_one_is_enough(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q {n}", "completion": " a"} for n in range(3)]
+    first, second = write_rows(tmp_path / "a.jsonl", rows[:1]), write_rows(tmp_path / "b.jsonl", rows)
+    assert [d.prompt for d in read_all_demonstrations(data_config(first))] == ["Q 0"]
+    both = read_all_demonstrations(data_config(first, validation_sources=(second,)))
+    assert [d.prompt for d in both] == ["Q 0", "Q 1", "Q 2"], "those that are in both parts too, once"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{", {"prompt": "a", "completion": "b"}], r"1 of 2 rows \(50.0%\)"),
+        ([{**pair(1), "rejected": "Yes 1"}], "no demonstration is left"),
+    ],
+)
+def test_all_demonstrations_are_checked_like_the_data_of_a_stage(tmp_path: Path, rows: list[Any], message: str) -> None:
+    config = data_config(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        read_all_demonstrations(config, field="demonstrations")
+    assert caught.value.violations[0].field == "demonstrations.sources"
+
+
+def test_scores_that_are_all_equal_are_kept_and_equal_ranks_are_not(tmp_path: Path) -> None:
+    ranked = {"prompt": "Hi", "answers": ["a", "b"]}
+    rows = [{**ranked, "scores": [0.5, 0.5]}, {**ranked, "scores": [0.9, 0.9]}, {**ranked, "ranks": [1, 1]}]
+    [part] = read_parts(data_config(write_rows(tmp_path / "rows.jsonl", rows)), kind=Ranking)
+    assert [record.levels for record in part.records if isinstance(record, Ranking)] == [(0.5, 0.5), (0.9, 0.9)]
+    assert part.tally.dropped == {"only_ties": 1}
 
 
 def test_the_words_of_labelled_texts_are_documents(tmp_path: Path) -> None:

@@ -75,7 +75,49 @@ def test_a_text_becomes_a_turn_where_a_template_is_named(chat: Any) -> None:
     dialogue = Renderer(chat, template="dialogue").prompt_ids("Hi")
     assert text_of(chat, dialogue) == "<s>\n\nHuman: Hi\n\nAssistant:"
     assert text_of(chat, Renderer(chat, template="chat").prompt_ids("Hi")) == "<s>user\nHi</s>\n<s>assistant\n"
-    assert text_of(chat, Renderer(chat).prompt_ids("Hi")) == "<s>Hi"
+    assert text_of(chat, Renderer(chat, template="plain").prompt_ids("Hi")) == "<s>Hi"
+
+
+def test_auto_takes_a_text_for_a_turn_of_the_user_where_there_is_a_chat_template(chat: Any) -> None:
+    auto, named = Renderer(chat), Renderer(chat, template="chat")
+    for prompt in ("Hi", "Once upon a time", (Turn("user", "Hi"),)):
+        assert auto.prompt_ids(prompt) == named.prompt_ids(prompt)
+        assert auto.answer_ids(prompt, "Because.") == named.answer_ids(prompt, "Because.")
+
+
+def test_auto_leaves_a_transcript_as_it_stands_whatever_the_tokenizer(chat: Any) -> None:
+    text = "\n\nHuman: Why?\n\nAssistant:"
+    for answer in ("Because.", " Because."):
+        whole = Renderer(chat).prompt_ids(text) + Renderer(chat).answer_ids(text, answer)
+        assert text_of(chat, whole) == f"<s>{text} Because.</s>"
+    assert Renderer(chat).prompt_text(text) == text
+
+
+SEAMS = [
+    ("Hi", "Hello", "Hi Hello"),
+    ("Hi ", "Hello", "Hi Hello"),
+    ("Hi", " Hello", "Hi Hello"),
+    ("Hi", "\nx", "Hi\nx"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "whole"), SEAMS)
+def test_auto_puts_a_space_between_a_text_and_its_answer_where_there_is_none(
+    tokenizer: Any, prompt: str, answer: str, whole: str
+) -> None:
+    for template in ("auto", "plain"):
+        renderer = Renderer(tokenizer, template=template)
+        before, after = renderer.prompt_ids(prompt), renderer.answer_ids(prompt, answer)
+        assert before == tokenizer.encode(prompt), "what a policy is given to go on from"
+        said = whole if template == "auto" else prompt + answer
+        assert text_of(tokenizer, before + after) == f"<s>{said}</s>"
+
+
+def test_a_template_that_there_is_not_is_refused_by_name(tokenizer: Any) -> None:
+    name: Any = "chatml"
+    with pytest.raises(InvalidArgumentError, match="'chatml'; there are auto, chat, dialogue, plain") as caught:
+        Renderer(tokenizer, template=name, field="--template")
+    assert caught.value.violations[0].field == "--template"
 
 
 def test_a_chat_template_gives_the_ids_that_the_reward_service_scores(chat: Any, tmp_path: Path) -> None:
@@ -124,8 +166,9 @@ def test_a_template_that_puts_no_end_token_behind_the_answer_gets_one(tokenizer:
 def test_an_answer_that_melts_into_the_prompt_is_tokenised_alone() -> None:
     tokenizer = train_tokenizer(["\n\n\n\n a\n\n\n b"] * 3, vocab_size=262, max_length=64)
     tokenizer.chat_template = CHATML
-    renderer = Renderer(tokenizer)
-    for prompt, answer in (("x\n", "\n\ny"), ((Turn("user", "Hi"),), "\n\ny")):
+    prompts: tuple[tuple[Prompt, Any], ...] = (("x\n", "plain"), ((Turn("user", "Hi"),), "chat"))
+    for prompt, template in prompts:
+        renderer, answer = Renderer(tokenizer, template=template), "\n\ny"
         assert text_of(tokenizer, renderer.answer_ids(prompt, answer)) == f"{answer}</s>"
         whole = renderer.prompt_ids(prompt) + renderer.answer_ids(prompt, answer)
         assert text_of(tokenizer, whole).count("\n") == (3 if isinstance(prompt, str) else 5)

@@ -204,7 +204,9 @@ def test_the_last_turn_of_a_conversation_is_learned(names: tuple[str, str, str],
     assert parse("messages", **row) == [Demonstration(earlier, "So.", PLACE)]
 
 
-@pytest.mark.parametrize(("label", "expected"), [(0, 0), (1, 1), ("0", 0), ("1", 1)])
+@pytest.mark.parametrize(
+    ("label", "expected"), [(0, 0), (1, 1), ("0", 0), ("1", 1), (0.0, 0), (1.0, 1), ("0.0", 0), ("1.0", 1)]
+)
 @pytest.mark.parametrize("name", ["text", "sentence"])
 def test_labels_are_read_from_csv_and_json(label: object, expected: int, name: str) -> None:
     row = {name: " fine ", "label": label}

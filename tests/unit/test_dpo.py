@@ -152,6 +152,19 @@ def test_the_loss_of_a_batch_is_the_project_s_own_formula(tmp_path: Path, kind: 
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_the_validation_loss_counts_every_pair_once_however_they_are_batched(tmp_path: Path) -> None:
+    config = dpo_config(tmp_path, beta=0.3)
+    trainer, pairs, _ = built(tmp_path / "base", config, work=tmp_path / "work")
+    whole = trainer.train_dataset
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [float(trainer.compute_loss(trainer.model, trainer.data_collator([row]))) for row in whole]
+    assert len(losses) == len(pairs.pairs) and len(losses) % 8
+    for size in (1, 8):
+        trainer.args.per_device_eval_batch_size = size
+        assert trainer.evaluate(whole)["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
 def test_trl_s_ipo_is_not_the_one_on_sums(tmp_path: Path) -> None:
     """Answers of different lengths tell the two apart: the stage has TRL's, per token, as its setting says."""
     trainer, pairs, _ = built(tmp_path / "base", dpo_config(tmp_path, kind="ipo"), work=tmp_path / "work")

@@ -82,6 +82,13 @@ def test_answers_that_only_differ_behind_the_cut_are_counted_and_not_learned(
     assert found.pairs == [] and (found.num_overlong, found.num_alike) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["all", "best_worst"])
+def test_a_ranking_with_only_ties_is_counted_and_gives_no_pair(kind: str, renderer: Renderer, tmp_path: Path) -> None:
+    given = [ranking(" w6", " w7", levels=(1.0, 1.0)), ranking(" w6", " w7", levels=(1.0, 0.0))]
+    found = encode_pairs(given, renderer, dpo_config(tmp_path, pairs=kind))
+    assert (len(found.pairs), found.num_only_ties, found.num_alike) == (1, 1, 0)
+
+
 def test_an_answer_in_many_pairs_is_one_completion(renderer: Renderer, tmp_path: Path) -> None:
     given = [ranking(" w6", " w7", " w8", " w9", levels=(4.0, 3.0, 2.0, 1.0))]
     found = encode_pairs(given, renderer, dpo_config(tmp_path))

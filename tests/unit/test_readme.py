@@ -43,7 +43,7 @@ def test_every_tether_command_is_accepted() -> None:
 
 def test_the_run_trains_in_the_numeric_type_that_the_services_compute_in() -> None:
     config = parse_run_config(run_toml())
-    (up,) = (arguments for arguments in commands() if "--model" in arguments)
+    (up,) = (arguments for arguments in commands() if arguments[0] == "up" and "--model" in arguments)
     known = build_parser().parse_args(up)
     overrides: dict[str, dict[str, object]] = {}
     merge_overrides(overrides, known.overrides)

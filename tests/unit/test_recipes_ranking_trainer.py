@@ -170,6 +170,17 @@ def test_rows_of_like_length_share_a_pass(tmp_path: Path) -> None:
     assert widths == [(len(part), max(part)) for part in passes]
 
 
+def test_a_ranking_of_only_ties_has_a_loss_in_a_regression_and_no_part_in_the_accuracy(tmp_path: Path) -> None:
+    rows = random_rows([3, 2, 4])
+    rows[1]["levels"] = [5.0, 5.0]
+    trainer = new_trainer(tmp_path, new_model(), rows, objective="regression")
+    found = trainer.evaluate()
+    expected = [loss_and_gradients(trainer, [row])[0] for row in rows]
+    assert found["eval_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    without = [trainer.evaluate(Dataset.from_list([rows[place]]))["eval_accuracy"] for place in (0, 2)]
+    assert found["eval_accuracy"] == pytest.approx(sum(without) / 2, abs=1e-6)
+
+
 def test_the_flat_batch_keeps_rankings_apart() -> None:
     rows = [
         {"answer_ids": [[1, 5], [1]], "levels": [1.0, 0.0], "margin": None},

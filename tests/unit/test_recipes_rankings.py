@@ -20,6 +20,7 @@ from tether_services.recipes.data.rendering import Renderer
 from tether_services.recipes.rankings import (
     POOL_TEXTS,
     RankingRows,
+    distinct_answers,
     drop_tokens,
     encode_rankings,
     group_texts,
@@ -80,6 +81,38 @@ def test_a_ranking_with_one_long_answer_is_left_out_or_cut_and_counted(renderer:
     assert (len(cut.rows), cut.num_overlong) == (2, 1)
     assert [len(ids) <= 24 for row in cut.rows for ids in row["answer_ids"]] == [True] * 4
     assert cut.rows[0]["answer_ids"][0][-1] == cut.rows[1]["answer_ids"][0][-1], "a cut answer keeps its end token"
+
+
+def test_answers_alike_once_cut_are_left_out_and_counted(renderer: Renderer, tmp_path: Path) -> None:
+    config = reward_config(tmp_path, tmp_path / "out", max_tokens=24, overlong="truncate")
+    long = "very " * 60
+    items = [
+        Ranking("Say. ", (f"{long}good", "No.", f"{long}bad", "Yes."), (3.0, 2.0, 1.0, 0.0), PLACE),
+        Ranking("Say it. ", (f"{long}good", "No.", f"{long}bad"), (1.0, 0.0, 1.0), PLACE),
+        Ranking("Say so. ", (f"{long}good", f"{long}bad"), (1.0, 0.0), PLACE),
+    ]
+    found = encode_rankings(items, renderer, config)
+    assert [row["levels"] for row in found.rows] == [[2.0, 0.0], [1.0, 0.0]]
+    assert found.lengths == [[3, 4], [len(long) + 4, 3]]
+    assert all(len({tuple(ids) for ids in row["answer_ids"]}) == 2 for row in found.rows)
+    assert (found.num_alike, found.num_only_ties, found.num_overlong) == (2 + 1 + 2, 1, 3)
+
+
+def test_the_first_of_alike_answers_stays_unless_people_ranked_them_differently() -> None:
+    assert distinct_answers([[1], [2], [1], [3], [3]], [2.0, 1.0, 2.0, 0.0, 3.0]) == [0, 1]
+
+
+@pytest.mark.parametrize(("objective", "num_kept"), [("ranking", 1), ("regression", 2)])
+def test_only_ties_teach_a_regression_and_no_ranking(
+    objective: str, num_kept: int, renderer: Renderer, tmp_path: Path
+) -> None:
+    config = reward_config(tmp_path, tmp_path / "out", objective=objective)
+    items = [
+        Ranking("Say. ", ("Yes.", "No."), (4.0, 4.0), PLACE, is_scored=True),
+        Ranking("Say it. ", ("Yes.", "No."), (4.0, 1.0), PLACE, is_scored=True),
+    ]
+    found = encode_rankings(items, renderer, config)
+    assert (len(found.rows), found.num_only_ties) == (num_kept, 2 - num_kept)
 
 
 def test_a_conversation_is_rendered_by_the_template_of_the_settings(tokenizer: Any, tmp_path: Path) -> None:

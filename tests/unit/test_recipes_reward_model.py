@@ -23,17 +23,16 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from tests.unit.recipe_inputs import write_stories
-from tests.unit.reward_inputs import labelled_config, reward_config, write_ranked_pairs
-from tests.unit.stage_inputs import PACKAGED_POLICY, write_base, write_demonstrations
+from tests.unit.reward_inputs import labelled_config, reward_config, write_ranked_pairs, write_rankings
+from tests.unit.stage_inputs import PACKAGED_POLICY, write_base
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.trainer.critic_start import read_critic_start
 from tether_services.recipes.config import RewardModelConfig
 from tether_services.recipes.data.reading import read_rankings
 from tether_services.recipes.data.rendering import Renderer
 from tether_services.recipes.ranking_metrics import Judged, measure_agreement
-from tether_services.recipes.reward_model import MAX_BEST_ANSWERS, read_material, run_reward_model
-from tether_services.recipes.scoring import build_reward_model, normalise, score_all
+from tether_services.recipes.reward_model import read_material, run_reward_model
+from tether_services.recipes.scoring import build_reward_model, score_all
 from tether_services.recipes.stage import Mode
 from tether_services.recipes.training import trainer_arguments
 from tether_services.runtime.content_hash import hash_model_folder
@@ -152,7 +151,7 @@ def test_demonstrations_have_mean_0_and_deviation_1_on_the_written_scale(
 ) -> None:
     folder = request.getfixturevalue(name)
     config = (labelled_config if name == "whole" else reward_config)(inputs, inputs / "again")
-    rows = material_of(config).demonstrations
+    rows = material_of(config).demonstrations.token_ids
     constants = scale(folder)
     scores = constants["gain"] * (score_all(load_plainly(folder), rows) - constants["bias"])
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
@@ -212,43 +211,6 @@ def test_the_same_seed_gives_the_same_bytes(inputs: Path, tmp_path: Path) -> Non
     assert digests[0] == digests[1]
 
 
-def test_named_demonstrations_fix_the_scale(inputs: Path, tmp_path: Path) -> None:
-    stories = {"sources": [str(write_stories(tmp_path / "stories.txt", count=40))], "validation_fraction": 0.5}
-    config = reward_config(inputs, tmp_path / "out", demonstrations=stories, demonstration_tokens=9)
-    material = material_of(config)
-    # the last story of the file is unfinished
-    assert 35 < len(material.demonstrations) <= 40
-    assert {len(ids) for ids in material.demonstrations} == {9}
-
-
-def test_demonstrations_may_be_prompts_with_answers(inputs: Path, tmp_path: Path) -> None:
-    shown = {"sources": [str(write_demonstrations(tmp_path / "shown.jsonl", count=30))]}
-    config = reward_config(inputs, tmp_path / "out", demonstrations=shown)
-    rows = material_of(config).demonstrations
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
-    assert len(rows) == 30
-    assert all("Tell of" in tokenizer.decode(ids) for ids in rows)
-    assert all(ids[-1] == tokenizer.eos_token_id or len(ids) == config.max_tokens for ids in rows)
-
-
-def test_without_demonstrations_the_best_answers_fix_the_scale(inputs: Path, tmp_path: Path) -> None:
-    material = material_of(reward_config(inputs, tmp_path / "out"))
-    best = [
-        row["answer_ids"][max(range(len(row["levels"])), key=row["levels"].__getitem__)] for row in material.train.rows
-    ]
-    assert material.demonstrations == best
-    many = {"sources": [str(write_ranked_pairs(tmp_path / "many.jsonl", count=MAX_BEST_ANSWERS + 300))]}
-    part = material_of(reward_config(inputs, tmp_path / "out", data=many))
-    assert MAX_BEST_ANSWERS / 2 < len(part.demonstrations) <= MAX_BEST_ANSWERS
-
-
-def test_equal_scores_of_all_demonstrations_are_refused(inputs: Path, tmp_path: Path) -> None:
-    model = fresh(inputs, tmp_path)
-    with pytest.raises(InvalidArgumentError, match="different") as caught:
-        normalise(model, [[1, 40, 41]] * 5)
-    assert caught.value.violations[0].field == "demonstrations"
-
-
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_an_adapter_is_trained_on_a_quantised_base_on_the_cpu(inputs: Path, tmp_path: Path, quantization: str) -> None:
     config = reward_config(inputs, tmp_path / "out", quantization=quantization, training={"max_steps": 6})
@@ -266,6 +228,19 @@ def test_regression_learns_scores(inputs: Path, tmp_path: Path) -> None:
     found = metrics(run_reward_model(config))
     assert found["loss"] < 1.0, "the levels are 0 to 4, with a variance of about 2"
     assert found["evaluation"]["overall"]["accuracy"] > 0.8
+
+
+def test_a_regression_also_learns_from_rankings_with_only_ties(inputs: Path, tmp_path: Path) -> None:
+    lines = write_rankings(tmp_path / "mixed.jsonl", count=60).read_text().splitlines()
+    mixed = [json.loads(line) for line in lines]
+    tied = [row | {"scores": [2] * len(row["scores"])} if n % 4 == 0 else row for n, row in enumerate(mixed)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tied))
+    data = {"sources": [str(path)], "validation_fraction": 0.3}
+    found = metrics(run_reward_model(reward_config(inputs, tmp_path / "out", data=data, objective="regression")))
+    assert found["train_rankings"] + found["validation_rankings"] == 60
+    assert 0 < found["evaluation"]["overall"]["num_rankings"] < found["validation_rankings"]
+    assert 0.0 <= found["accuracy"] <= 1.0
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled"])

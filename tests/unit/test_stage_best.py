@@ -16,7 +16,7 @@ DIVERGING = {
     "schedule": "constant",
     "warmup_fraction": 0.0,
     "max_grad_norm": 1000.0,
-    "max_steps": 8,
+    "max_steps": 5,
     "log_every": 1,
 }
 """So high that the last step is not the best one."""

@@ -131,7 +131,7 @@ def test_a_stage_that_fails_before_its_first_checkpoint_frees_the_folder(tmp_pat
     config = sft_config(tmp_path, tmp_path / "out")
     with pytest.raises(InvalidArgumentError), open_stage("sft", config, Mode()):
         raise InvalidArgumentError("no such layer", field="lora.target_modules")
-    assert list(config.output.iterdir()) == []
+    assert not config.output.exists()
     assert not go_on(sft_config(tmp_path, tmp_path / "out", seed=5), Mode())
 
 
@@ -148,7 +148,7 @@ def test_what_a_kill_leaves_is_removed(tmp_path: Path) -> None:
     config = sft_config(tmp_path, tmp_path / "out")
     finish(config)
     (config.output / "checkpoints" / "checkpoint-4").mkdir(parents=True)
-    (config.output / ".history.jsonl.x1y2").write_text("{")
+    (config.output / ".history.jsonl.x1y2_3ab").write_text("{")
     assert go_on(config)
     assert sorted(path.name for path in config.output.iterdir()) == ["manifest.json"]
 
@@ -175,3 +175,36 @@ def test_a_dry_run_takes_no_folder(tmp_path: Path) -> None:
         assert not stage.is_finished
         assert stage.work.is_dir() and config.output not in stage.work.parents
     assert not stage.work.exists()
+
+
+def test_a_stage_that_ended_before_its_first_checkpoint_may_begin_again_with_other_settings(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="out of memory"), open_stage("sft", config, Mode()) as stage:
+        (config.output / "tensorboard").mkdir()
+        (stage.work / "kept.json").write_text("{}")
+        raise RuntimeError("out of memory")
+    assert not go_on(config, Mode()), "the same again"
+    assert (config.output / "checkpoints" / "kept.json").is_file(), "what the same settings have computed stays"
+    smaller = config.model_copy(update={"max_tokens": 48})
+    assert not go_on(smaller, RESUME)
+    assert not (config.output / "checkpoints" / "kept.json").exists()
+    (config.output / "checkpoints" / "checkpoint-2").mkdir()
+    with pytest.raises(FailedPreconditionError, match="max_tokens"):
+        go_on(config)
+
+
+def test_a_refused_stage_leaves_no_folder(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out", base=str(tmp_path / "nothing"))
+    with pytest.raises(InvalidArgumentError):
+        go_on(config, Mode())
+    assert not config.output.exists()
+
+
+def test_hidden_files_of_the_user_stay_and_half_written_ones_go(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out")
+    finish(config)
+    kept, left = config.output / ".gitattributes", config.output / ".history.jsonl.a1b2c3d4"
+    for path in (kept, left):
+        path.write_text("x")
+    assert go_on(config)
+    assert kept.exists() and not left.exists()

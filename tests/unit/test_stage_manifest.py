@@ -128,3 +128,15 @@ def test_an_adapter_names_a_hub_model_by_name_and_a_folder_by_the_way_to_it(tmp_
     (tmp_path / "base").mkdir()
     assert relative_base("org/name", tmp_path / "out" / "adapter") == "org/name"
     assert relative_base(str(tmp_path / "base"), tmp_path / "out" / "adapter") == "../../base"
+
+
+def test_a_folder_of_data_with_a_split_is_hashed_file_by_file_and_named_without_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_demonstrations(folder / "train.jsonl", count=3)
+    config = sft_config(tmp_path, tmp_path / "out", data={"sources": [f"{folder}:train"]})
+    (entry,) = describe_sources(config)
+    assert entry["name"] == "train.jsonl" and len(entry["sha256"]) == 64
+    assert portable(config)["data"]["sources"] == ["rows:train"]
+    write_demonstrations(folder / "train.jsonl", count=4)
+    assert describe_sources(config) != [entry]

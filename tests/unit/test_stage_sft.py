@@ -17,8 +17,10 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from tests.unit.run_inputs import fields_of
-from tests.unit.stage_inputs import sft_config, write_base
+from tests.unit.stage_inputs import PACKAGED_POLICY, sft_config, write_base
 from tether.errors import InvalidArgumentError
+from tether_services.generator.config import GeneratorSettings
+from tether_services.generator.engines.model_files import read_model_files
 from tether_services.recipes.base_model import load_base, load_tokenizer
 from tether_services.recipes.config import LORA_TARGETS, SftConfig
 from tether_services.recipes.data.reading import read_demonstrations
@@ -159,7 +161,7 @@ def trl_losses(config: SftConfig, folder: Path) -> tuple[dict[int, float], dict[
             adam_beta2=0.95,
             num_train_epochs=2,
             per_device_train_batch_size=4,
-            per_device_eval_batch_size=4,
+            per_device_eval_batch_size=90,  # all of them: the library's loss is a mean of batches
             gradient_accumulation_steps=2,
             gradient_checkpointing=False,
             logging_steps=1,
@@ -209,6 +211,69 @@ def test_gradient_checkpointing_changes_nothing_that_is_learned(tmp_path: Path) 
     )
     for name, tensor in plain.items():
         torch.testing.assert_close(checkpointed[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_validation_loss_is_the_mean_over_answer_tokens_however_rows_are_batched(
+    packing: bool, tmp_path: Path
+) -> None:
+    found = []
+    for size in (1, 4, 8):
+        training = {"max_steps": 1, "eval_every": 1, "checkpoint_every": 1, "micro_batch_rows": size}
+        config = run(tmp_path, name=str(size), packing=packing, training=training | {"learning_rate": 1e-12})
+        found.append(json.loads((config.output / "manifest.json").read_text())["metrics"]["loss"])
+    tokenizer = load_tokenizer(Path(config.base))
+    rows = encode_demonstrations(read_demonstrations(config.data).validation, Renderer(tokenizer), config).rows
+    assert len({len(row["labels"]) for row in rows}) > 1 and len(rows) % 4
+    assert found == pytest.approx([mean_answer_loss(Path(config.base), rows)] * 3, abs=1e-5)
+
+
+@torch.no_grad()
+def mean_answer_loss(folder: Path, rows: list[dict[str, list[int]]]) -> float:
+    """Return the definition: the mean negative log-likelihood of all answer tokens, one row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    values: list[float] = []
+    for row in rows:
+        table = torch.log_softmax(model(torch.tensor([row["input_ids"]])).logits[0].double(), dim=-1)
+        targets = enumerate(row["labels"])
+        values += [-float(table[place - 1, label]) for place, label in targets if label != IGNORED]
+    return sum(values) / len(values)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_chat_base(folder: Path) -> tuple[Path, int]:
+    """Write a base whose template ends a turn with a token that is not the tokenizer's, and return it with that id."""
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED_POLICY)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    write_base(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder, int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_served_model_stops_at_the_token_that_ended_the_answers_of_its_data(rank: int, tmp_path: Path) -> None:
+    base, end = write_chat_base(tmp_path / "chat")
+    config = run(tmp_path, base=str(base), template="chat", lora={"rank": rank, "alpha": 8})
+    served = read_model_files(GeneratorSettings(model=str(config.output)), on_gpu=False)
+    assert set(served.stop_token_ids) == {AutoTokenizer.from_pretrained(base).eos_token_id, end}
+
+
+def test_generation_defaults_of_the_base_are_kept_with_all_its_end_tokens(tmp_path: Path) -> None:
+    base, end = write_chat_base(tmp_path / "chat")
+    # the library reads a temperature without sampling, and refuses to write it
+    defaults = {"eos_token_id": [77, 78], "temperature": 0.6, "do_sample": False, "bos_token_id": 5}
+    (base / "generation_config.json").write_text(json.dumps(defaults))
+    config = run(tmp_path, base=str(base), template="chat")
+    written = json.loads((config.output / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ends = [77, 78, tokenizer.eos_token_id, end]
+    assert written == defaults | {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
 
 
 def test_a_dry_run_estimates_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

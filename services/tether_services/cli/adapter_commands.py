@@ -64,7 +64,7 @@ def add_adapter(commands: Commands) -> None:
     )
     inner.add_argument("--run-id", default=RUN_ID, metavar="ID", help=f"run that it is stored under ({RUN_ID})")
     inner.add_argument(
-        "--policy-version", type=int, metavar="N", help="its version in that run; the next free one else"
+        "--policy-version", type=int, metavar="N", help="its version in that run, 1 or more; the next free one else"
     )
     inner.add_argument(
         "--activate", action=argparse.BooleanOptionalAction, default=True, help="serve it from now on (yes)"
@@ -77,10 +77,13 @@ def push(known: argparse.Namespace) -> int:
     """Push an adapter, activate it if wanted, print its version, and return 0.
 
     Raises:
-        InvalidArgumentError: The folder holds no LoRA adapter, or its base is not to be found.
+        InvalidArgumentError: The folder holds no LoRA adapter, its base is not to be found, or the version is below 1.
         FailedPreconditionError: The generator refused the adapter; the reason names the check.
         TetherError: The generator cannot be reached; the narrowest class says why.
     """
+    if known.policy_version is not None and known.policy_version < 1:
+        message = f"{known.policy_version} is no version of an adapter; they begin at 1, and 0 is the base alone"
+        raise InvalidArgumentError(message, field="policy_version")
     config = _read_config(known.folder)
     return asyncio.run(_push(known, config))
 

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tether.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from tether_services.recipes.data.inspection import Inspection
@@ -57,6 +59,7 @@ def _add_prompts(actions: Commands) -> None:
     inner.add_argument("--template", default="auto", metavar="NAME", help="auto, dialogue or plain (auto)")
     inner.add_argument("--shape", default="auto", metavar="NAME", help="what the rows look like (auto)")
     inner.add_argument("--max-tokens", type=int, metavar="N", help="leave longer prompts out, and count them")
+    inner.add_argument("--max-malformed-share", metavar="SHARE", help="refuse data of which more is malformed (0.01)")
     inner.set_defaults(run=write_prompts)
 
 
@@ -94,33 +97,58 @@ def inspect(known: argparse.Namespace) -> int:
 
 
 def write_prompts(known: argparse.Namespace) -> int:
-    """Write the distinct prompts of the sources as JSON lines, print how many, and return 0.
+    """Write the distinct prompts of the sources as JSON lines, print all counts, and return 0.
 
     Raises:
-        InvalidArgumentError: A source cannot be read, or the chat template would be needed.
+        InvalidArgumentError: A source cannot be read, too much of it is malformed, no prompt is left, a setting is
+            wrong, or the chat template would be needed.
     """
     from tether_services.recipes.config import DataConfig
-    from tether_services.recipes.data.reading import read_parts
+    from tether_services.recipes.data.reading import check_malformed, read_parts
     from tether_services.recipes.data.records import Demonstration
-    from tether_services.runtime.durable import write_text
     from tether_services.runtime.settings import validate
 
-    config, renderer = validate(DataConfig, {"sources": known.sources, "shape": known.shape}), _load_renderer(known)
+    if known.max_tokens is not None and known.max_tokens < 1:
+        raise InvalidArgumentError(f"{known.max_tokens} leaves every prompt out; 1 is the least", field="--max-tokens")
+    values = {name: getattr(known, name) for name in ("sources", "shape", "max_malformed_share")}
+    config = validate(DataConfig, {name: value for name, value in values.items() if value is not None})
+    renderer = _load_renderer(known)
     with _row_counter() as on_row:
-        (part,) = read_parts(config, kind=Demonstration, on_row=on_row)
-    prompts = list(dict.fromkeys(record.prompt for record in part.records if isinstance(record, Demonstration)))
+        parts = read_parts(config, kind=Demonstration, on_row=on_row)
+    check_malformed(parts, config)
+    records, tally = parts[0].records, parts[0].tally
+    prompts = list(dict.fromkeys(record.prompt for record in records if isinstance(record, Demonstration)))
     fitting = [p for p in prompts if not known.max_tokens or len(renderer.prompt_ids(p)) <= known.max_tokens]
-    rows = (json.dumps({"prompt": renderer.prompt_text(prompt)}, ensure_ascii=False) for prompt in fitting)
-    write_text(known.output, "".join(f"{row}\n" for row in rows))
+    _write_rows(known.output, [{"prompt": renderer.prompt_text(prompt)} for prompt in fitting])
     print(f"{known.output}: {len(fitting)} prompts, {len(prompts) - len(fitting)} longer ones left out")
+    print(f"{tally.num_rows} rows; malformed: {_counts(tally.malformed)}; dropped: {_counts(tally.dropped)}")
     return 0
 
 
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSON lines to a file, in a new folder if need be.
+
+    Raises:
+        InvalidArgumentError: There is no row, or the place cannot be written to.
+    """
+    from tether_services.runtime.durable import write_text
+
+    if not rows:
+        raise InvalidArgumentError("no prompt is left to write", field="sources")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot write {path}: {error.strerror}", field="--output") from error
+
+
 def _load_renderer(known: argparse.Namespace) -> Any:
+    from tether_services.recipes.data.rendering import Renderer, check_template
+
+    check_template(known.template, field="--template")
     if known.tokenizer is None:
         return None
     from tether_services.recipes.base_model import load_tokenizer
-    from tether_services.recipes.data.rendering import Renderer
 
     return Renderer(load_tokenizer(known.tokenizer, field="--tokenizer"), template=known.template, field="--template")
 
@@ -178,5 +206,5 @@ def _figures(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "longest is best", f"{length.longest_is_best:.3f} of the rankings"
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "0"

@@ -84,7 +84,8 @@ def write_adapter(model: Any, folder: Path, *, base: str) -> None:
 def relative_base(base: str, folder: Path) -> str:
     """Return how a file in `folder` names the base: a hub name as it is, else the relative path.
 
-    Both folders can then be moved together, and nothing tells where they were.
+    Both folders can then be moved together. The path tells as much of this machine as lies between the two: put them
+    beside each other.
     """
     if is_hub_name(base):
         return base
@@ -125,12 +126,19 @@ def describe_sources(config: StageConfig) -> list[dict[str, Any]]:
 
 
 def _describe_source(name: str) -> Sequence[dict[str, Any]]:
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_file():
         return [{"name": path.name, "sha256": hash_file(path), "size_bytes": path.stat().st_size}]
     if path.is_dir():
         return [entry for file in sorted(path.rglob("*")) if file.is_file() for entry in _describe_source(str(file))]
     return [{"name": name}]
+
+
+def _local(name: str) -> Path:
+    """Return the path of a source; of FOLDER:SPLIT the folder's, all of whose files are hashed."""
+    path = Path(name).expanduser()
+    folder = Path(name.rsplit(":", 1)[0]).expanduser()
+    return folder if not path.exists() and folder.is_dir() else path
 
 
 def portable(value: Any) -> Any:
@@ -142,7 +150,6 @@ def portable(value: Any) -> Any:
     if isinstance(value, Path):
         return value.name
     if isinstance(value, str):
-        return (
-            Path(value).name if value.startswith((".", "/", "~")) or ("/" in value and Path(value).exists()) else value
-        )
+        is_path = value.startswith((".", "/", "~")) or ("/" in value and _local(value).exists())
+        return Path(value).name if is_path else value
     return [portable(item) for item in value] if isinstance(value, tuple | list) else value

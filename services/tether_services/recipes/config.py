@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tether_services.runtime.model_folder import Dtype
 from tether_services.runtime.settings import Settings
@@ -41,6 +42,11 @@ class DataConfig(Settings):
     """Longest line of a file in bytes; longer ones are malformed."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Read no more rows of each source than this; unset reads all."""
+
+    @field_validator("sources", "validation_sources")
+    @classmethod
+    def _expand_home(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(os.path.expanduser, sources))
 
 
 class LoraSettings(Settings):
@@ -139,7 +145,7 @@ class StageConfig(Settings):
     training: TrainingSettings = TrainingSettings()
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     """CPU threads for the tensor library, 1 to 256."""
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto takes the GPU where there is one; else cpu, cuda."""
     dtype: Dtype = "float32"
     """Type of the frozen weights and of the products; trained weights are float32."""
@@ -156,8 +162,9 @@ class FineTuneConfig(StageConfig):
     """Precision of the frozen base: as it is, 8 bits or 4 bits (bitsandbytes). Only an adapter can be trained on it."""
     lora: LoraSettings = LoraSettings()
     template: Template = "auto"
-    """How conversations become text: the tokenizer's chat template, `Human:`/`Assistant:` dialogue, or joined by blank
-    lines; auto takes the chat template where there is one, else dialogue."""
+    """How prompts become text: the tokenizer's chat template, `Human:`/`Assistant:` dialogue, or plain, as they stand.
+    auto takes the chat template where there is one, but leaves texts that are transcripts as they stand; without one,
+    conversations are dialogue, and a text is continued as it stands, after a space where the seam has none."""
     max_tokens: TokenLimit = 512
     """Longest prompt and answer together, in tokens, 8 to 131,072."""
     overlong: Overlong = "drop"

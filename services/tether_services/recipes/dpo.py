@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import TaskType
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
@@ -32,6 +33,7 @@ from tether_services.recipes.reference_logprobs import (
 )
 from tether_services.recipes.sft import write_model
 from tether_services.recipes.stage import Mode, Stage, open_stage
+from tether_services.recipes.weighted_loss import BatchFreeLoss
 from tether_services.runtime.content_hash import hash_model_folder
 
 __all__ = ["PairTrainer", "build_trainer", "run_dpo", "with_reference"]
@@ -41,7 +43,7 @@ COMPARED_ITEMS = 8
 """Answers on which a reference service must agree with the base as it is loaded here."""
 
 
-class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
+class PairTrainer(BatchFreeLoss, DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
     """TRL's trainer on rows that are token ids already and bring the reference's log-probabilities along.
 
     It makes neither token ids nor log-probabilities of its own, and no second adapter that stands for the reference.
@@ -61,6 +63,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
         self.label_smoothing = -smoothing / (1.0 - 2.0 * smoothing)
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
+
+    def weight_of(self, inputs: dict[str, Tensor]) -> int:
+        """Return the pairs of a batch; both answers of one are rows of it."""
+        return len(inputs["input_ids"]) // 2
 
     def _prepare_dataset(self, dataset: Dataset, *arguments: object) -> Dataset:
         return dataset
@@ -99,7 +105,7 @@ def _run(stage: Stage, config: DpoConfig) -> Path:
         return config.output
     metrics = stage.train(trainer)
     draw_rewards(trainer.state.log_history, title="dpo", path=config.output / "plots" / "rewards.svg")
-    _write(trainer.model, tokenizer, config)
+    _write(trainer.model, tokenizer, config, end_ids={pair.chosen_ids[-1] for pair in train.pairs})
     figures = _measure(trainer, validation.pairs, reference, beta=config.beta)
     metrics = {"loss": metrics["loss"], **figures, **_counts(train, validation)}
     return stage.finish(parent=folder, metrics=metrics, data=data.report.as_dict())
@@ -190,13 +196,14 @@ def _counts(train: Pairs, validation: Pairs) -> dict[str, int]:
         "train_tokens": train.num_tokens,
         "overlong_pairs": train.num_overlong + validation.num_overlong,
         "alike_pairs": train.num_alike + validation.num_alike,
+        "only_ties": train.num_only_ties + validation.num_only_ties,
     }
 
 
-def _write(model: Any, tokenizer: Any, config: DpoConfig) -> None:
+def _write(model: Any, tokenizer: Any, config: DpoConfig, *, end_ids: set[int]) -> None:
     """Write the adapter, which names its base by a relative path, or the whole model; the tokenizer beside it."""
     if not config.lora.rank:
-        write_model(model, tokenizer, config)
+        write_model(model, tokenizer, config, end_ids=end_ids)
         return
     write_adapter(model, config.output, base=relative_base(config.base, config.output))
     tokenizer.save_pretrained(config.output)

@@ -13,8 +13,9 @@ from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from tether.errors import InvalidArgumentError
+from tether_services.recipes.weighted_loss import BatchFreeLoss
 
-__all__ = ["PackedTrainer", "check_packing", "collate_packed", "pack", "unpacked"]
+__all__ = ["AnswerTrainer", "PackedTrainer", "check_packing", "collate_packed", "pack", "unpacked"]
 
 CHECKED_TOKENS = 32
 """Tokens of each of the two rows that show whether a model keeps packed rows apart."""
@@ -83,7 +84,15 @@ def check_packing(model: Any, rows: Sequence[Mapping[str, list[int]]], *, is_exa
         )
 
 
-class PackedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+class AnswerTrainer(BatchFreeLoss, SFTTrainer):  # type: ignore[misc]  # trl is untyped here
+    """TRL's trainer with a validation loss that is the mean over all answer tokens."""
+
+    def weight_of(self, inputs: dict[str, Tensor]) -> int:
+        """Return the tokens that are predicted and have a loss; nothing predicts the first of a sequence."""
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
+
+
+class PackedTrainer(AnswerTrainer):
     """TRL's trainer, which would count the tokens of only one sequence of a batch."""
 
     _total_train_tokens: int

@@ -54,6 +54,8 @@ class Pairs:
     """Pairs left out or cut because one of the two was longer than `max_tokens`."""
     num_alike: int
     """Pairs left out because nothing tells the two apart, for example once both are cut."""
+    num_only_ties: int
+    """Rankings left out because all their answers have the same level."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,8 +81,11 @@ def order_pairs(levels: Sequence[float], *, pairs: Literal["all", "best_worst"])
 def encode_pairs(rankings: Iterable[Ranking], renderer: Renderer, config: DpoConfig) -> Pairs:
     """Return the pairs of rankings as token ids of at most `max_tokens`; the two of a pair share one prompt."""
     pairs: list[TokenPair] = []
-    num_overlong = num_alike = 0
+    num_overlong = num_alike = num_only_ties = 0
     for ranking in rankings:
+        if len(set(ranking.levels)) == 1:
+            num_only_ties += 1
+            continue
         prompt = renderer.prompt_ids(ranking.prompt)
         answers = [renderer.answer_ids(ranking.prompt, answer) for answer in ranking.answers]
         for better, worse in order_pairs(ranking.levels, pairs=config.pairs):
@@ -94,7 +99,7 @@ def encode_pairs(rankings: Iterable[Ranking], renderer: Renderer, config: DpoCon
                 continue
             extra = len(ranking.answers[better]) - len(ranking.answers[worse])
             pairs.append(TokenPair(tuple(fitted[0]), tuple(fitted[1][0]), tuple(fitted[1][1]), extra))
-    return Pairs(pairs, num_overlong, num_alike)
+    return Pairs(pairs, num_overlong, num_alike, num_only_ties)
 
 
 def completions_of(pairs: Iterable[TokenPair]) -> list[LogprobItem]:

@@ -41,9 +41,12 @@ def collate_rankings(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def mean_figures(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss and accuracy over all validation rankings; every ranking counts once."""
-    loss, accuracy = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
-    return {"loss": float(loss), "accuracy": float(accuracy)}
+    """Return loss and accuracy over all validation rankings; every ranking counts once.
+
+    One with only ties, which a regression measures, has a loss and no accuracy: NaN.
+    """
+    losses, accuracies = np.asarray(prediction.predictions, dtype=np.float64).T
+    return {"loss": float(losses.mean()), "accuracy": float(np.nanmean(accuracies))}
 
 
 class RankingTrainer(RewardTrainer):  # type: ignore[misc]  # trl is untyped
@@ -75,8 +78,8 @@ class RankingTrainer(RewardTrainer):  # type: ignore[misc]  # trl is untyped
     ) -> Any:
         """Return the mean loss of a batch, with its figures where `return_outputs` asks for them."""
         losses, accuracies = self._judge(model, inputs)
-        if self.model.training:
-            self._metrics["train"]["accuracy"].append(float(accuracies.mean()))
+        if self.model.training and not accuracies.isnan().all():
+            self._metrics["train"]["accuracy"].append(float(accuracies.nanmean()))
         loss = losses.mean()
         return (loss, {"losses": losses, "accuracies": accuracies}) if return_outputs else loss
 
@@ -97,7 +100,7 @@ class RankingTrainer(RewardTrainer):  # type: ignore[misc]  # trl is untyped
         return None, figures, figures[:, 0]
 
     def _judge(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss and the pair accuracy of each ranking, [G] each."""
+        """Return the loss and the pair accuracy of each ranking, [G] each; NaN is the accuracy of only ties."""
         plain = self.accelerator.unwrap_model(model)
         scores = raw_scores(plain, inputs["input_ids"], inputs["lengths"], precision=self.accelerator.autocast())
         sizes = inputs["sizes"].tolist()
@@ -115,4 +118,5 @@ class RankingTrainer(RewardTrainer):  # type: ignore[misc]  # trl is untyped
 
 def _accuracy(scores: Tensor, levels: Tensor) -> float:
     values = scores.double().cpu().numpy()
-    return win_share(pairs_of([Judged(values, levels.double().cpu().numpy(), np.zeros(len(values)))]).leads)
+    leads = pairs_of([Judged(values, levels.double().cpu().numpy(), np.zeros(len(values)))]).leads
+    return win_share(leads) if len(leads) else float("nan")

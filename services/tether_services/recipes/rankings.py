@@ -16,6 +16,7 @@ from tether_services.recipes.progress import tracked
 
 __all__ = [
     "RankingRows",
+    "distinct_answers",
     "drop_tokens",
     "encode_rankings",
     "group_texts",
@@ -39,6 +40,10 @@ class RankingRows:
     """[K] characters of the answers of each ranking."""
     num_overlong: int = 0
     """Records left out or cut because they were longer than `max_tokens`."""
+    num_alike: int = 0
+    """Answers left out because they are the same tokens as another one of their ranking, for example once cut."""
+    num_only_ties: int = 0
+    """Rankings left out because all their answers have the same level, before or after alike ones were left out."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,21 +59,40 @@ class RankingRows:
 def encode_rankings(items: Sequence[Ranking], renderer: Renderer, config: RewardModelConfig) -> RankingRows:
     """Return rankings as token ids, each answer after its prompt and with its end token.
 
-    A ranking that `overlong = "drop"` leaves out is left out whole: one answer of it is too long.
+    A ranking that `overlong = "drop"` leaves out is left out whole: one answer of it is too long. Of answers that are
+    the same tokens with one level the first stays, with several levels none. Only ties teach a regression something.
     """
     rows: list[dict[str, Any]] = []
-    lengths, num_overlong = [], 0
+    lengths: list[list[int]] = []
+    num_overlong = num_alike = num_only_ties = 0
     for item in tracked(items, title="reward: token ids"):
         prompt = renderer.prompt_ids(item.prompt)
         answers = [renderer.answer_ids(item.prompt, answer) for answer in item.answers]
         num_overlong += len(prompt) + max(len(answer) for answer in answers) > config.max_tokens
         fitted = fit(prompt, answers, max_tokens=config.max_tokens, overlong=config.overlong)
-        if fitted is not None:
-            prompt, answers = fitted
-            ids = [prompt + answer for answer in answers]
-            rows.append({"answer_ids": ids, "levels": list(item.levels), "margin": item.margin})
-            lengths.append([len(answer) for answer in item.answers])
-    return RankingRows(rows, lengths, num_overlong)
+        if fitted is None:
+            continue
+        prompt, answers = fitted
+        kept = distinct_answers(answers, item.levels)
+        num_alike += len(answers) - len(kept)
+        levels = [item.levels[place] for place in kept]
+        if not levels or (config.objective == "ranking" and len(set(levels)) == 1):
+            num_only_ties += 1
+            continue
+        rows.append({"answer_ids": [prompt + answers[k] for k in kept], "levels": levels, "margin": item.margin})
+        lengths.append([len(item.answers[place]) for place in kept])
+    return RankingRows(rows, lengths, num_overlong, num_alike, num_only_ties)
+
+
+def distinct_answers(answers: Sequence[Sequence[int]], levels: Sequence[float]) -> list[int]:
+    """Return the places of the answers to keep: the first of those alike, none where people ranked them differently.
+
+    Example: answers a, b, a, c, c with levels 2, 1, 2, 0, 3 keep the places 0 and 1.
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, answer in enumerate(answers):
+        found.setdefault(tuple(answer), []).append(place)
+    return [places[0] for places in found.values() if len({levels[place] for place in places}) == 1]
 
 
 def labelled_rankings(items: Sequence[LabelledText], renderer: Renderer, config: RewardModelConfig) -> RankingRows:

@@ -17,15 +17,14 @@ from tether_services.recipes.base_model import base_folder, load_tokenizer
 from tether_services.recipes.config import DataConfig, RewardModelConfig
 from tether_services.recipes.data.reading import (
     DataReport,
-    DataSet,
-    read_demonstrations,
-    read_documents,
+    read_all_demonstrations,
+    read_all_documents,
     read_labelled,
     read_parts,
     read_rankings,
 )
-from tether_services.recipes.data.records import Demonstration, Document, LabelledText, Ranking
-from tether_services.recipes.data.rendering import Renderer
+from tether_services.recipes.data.records import Document, LabelledText, Ranking
+from tether_services.recipes.data.rendering import Renderer, fit
 from tether_services.recipes.data.shapes import SHAPES, Record
 from tether_services.recipes.dropout import residual_dropout
 from tether_services.recipes.estimate import estimate, show_estimate
@@ -46,12 +45,22 @@ PROBED_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
+class FittedTexts:
+    """Texts that fix the scale."""
+
+    token_ids: list[list[int]]
+    """Of each text."""
+    num_overlong: int = 0
+    """Texts left out or cut because they were longer than `max_tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Material:
     """Everything the stage reads, as token ids."""
 
     train: RankingRows
     validation: RankingRows
-    demonstrations: list[list[int]]
+    demonstrations: FittedTexts
     """Texts whose scores get mean 0 and standard deviation 1."""
     is_ordered: bool
     """Whether `train` holds all passes in the order to train on, and not one pass to be shuffled."""
@@ -83,8 +92,9 @@ def _run(stage: Stage, config: RewardModelConfig) -> Path:
             show_estimate(estimate(trainer, running.config, num_tokens=material.train.num_tokens), title="reward")
             return config.output
         metrics = running.train(trainer)
-    normalisation = normalise(trainer.model, material.demonstrations)
-    write_reward_model(trainer.model, tokenizer, config, normalisation)
+    normalisation = normalise(trainer.model, material.demonstrations.token_ids)
+    ends_text = _ends_text(material, tokenizer.eos_token_id)
+    write_reward_model(trainer.model, tokenizer, config, normalisation, ends_text=ends_text)
     evaluation = evaluate(trainer.model, material.validation)
     write_text(config.output / "evaluation.md", evaluation_page(evaluation, longer_wins=material.longer_wins))
     draw_calibration(evaluation.bins, title="calibration", path=config.output / "plots" / "calibration.svg")
@@ -97,6 +107,11 @@ def _run(stage: Stage, config: RewardModelConfig) -> Path:
 def _one_pass(config: RewardModelConfig) -> RewardModelConfig:
     """Return the settings for rows that hold all passes already."""
     return config.model_copy(update={"training": config.training.model_copy(update={"num_epochs": 1.0})})
+
+
+def _ends_text(material: Material, end_id: int) -> bool:
+    """Return whether every text of the training ended with the token that the service would put behind a text."""
+    return all(ids[-1] == end_id for row in material.train.rows for ids in row["answer_ids"])
 
 
 def _trainer(
@@ -126,14 +141,8 @@ def read_material(config: RewardModelConfig, renderer: Renderer) -> Material:
         InvalidArgumentError: A source does not fit, nothing is left of it, or the objective has no scores.
     """
     if _kind_of(config.data) is LabelledText:
-        material = _labelled_material(config, renderer)
-    else:
-        material = _ranking_material(config, renderer)
-    train, validation = material.train.rows, material.validation.rows
-    if not train or not validation:
-        message = f"{len(train)} rankings to train on and {len(validation)} to measure on are left"
-        raise InvalidArgumentError(f"{message}; raise max_tokens or give more data", field="data.sources")
-    return material
+        return _labelled_material(config, renderer)
+    return _ranking_material(config, renderer)
 
 
 def _ranking_material(config: RewardModelConfig, renderer: Renderer) -> Material:
@@ -142,9 +151,18 @@ def _ranking_material(config: RewardModelConfig, renderer: Renderer) -> Material
         message = "regression needs answers with scores; there are ranks only: set objective to ranking"
         raise InvalidArgumentError(message, field="objective")
     train, validation = (encode_rankings(part, renderer, config) for part in (data.train, data.validation))
-    best = [row["answer_ids"][int(np.argmax(row["levels"]))] for row in train.rows]
+    _check_left(train, validation)
+    best = FittedTexts([row["answer_ids"][int(np.argmax(row["levels"]))] for row in train.rows])
     longer = win_share(pairs_of([_without_scores(item) for item in (*data.train, *data.validation)]).length_leads)
     return Material(train, validation, _demonstrations(config, renderer, best), False, longer, data.report)
+
+
+def _check_left(train: RankingRows, validation: RankingRows) -> None:
+    """Refuse to go on without a ranking to train on and one to measure on, which only ties are none of."""
+    num_telling = sum(len(set(row["levels"])) > 1 for row in validation.rows)
+    if not train.rows or not num_telling:
+        message = f"{len(train.rows)} rankings to train on and {num_telling} to measure on are left"
+        raise InvalidArgumentError(f"{message}; raise max_tokens or give more data", field="data.sources")
 
 
 def _without_scores(item: Ranking) -> Judged:
@@ -158,23 +176,42 @@ def _labelled_material(config: RewardModelConfig, renderer: Renderer) -> Materia
         raise InvalidArgumentError(message, field="objective")
     data = read_labelled(config.data, field="data")
     train = labelled_rankings(data.train, renderer, config)
-    best = [renderer.document_ids(item.text)[: config.max_tokens] for item in data.train if item.label == 1]
+    best = _fitted([([], renderer.document_ids(item.text)) for item in data.train if item.label == 1], config)
     validation = labelled_pools(data.validation, renderer, config)
+    _check_left(train, validation)
     return Material(train, validation, _demonstrations(config, renderer, best), True, None, data.report)
 
 
-def _demonstrations(config: RewardModelConfig, renderer: Renderer, best: Sequence[list[int]]) -> list[list[int]]:
-    """Return the texts that fix the scale: the configured ones, all of them, or a part of the best answers."""
+def _demonstrations(config: RewardModelConfig, renderer: Renderer, best: FittedTexts) -> FittedTexts:
+    """Return the texts that fix the scale: the configured ones, all of them, or a part of the best answers.
+
+    `demonstration_tokens` takes the first tokens of prompt and answer together, without an end token.
+    """
     if config.demonstrations is None:
-        return list(best[:: -(-len(best) // MAX_BEST_ANSWERS) or 1])
-    most = min(config.demonstration_tokens or config.max_tokens, config.max_tokens)
-    data: DataSet[Document] | DataSet[Demonstration]
+        part = best.token_ids[:: -(-len(best.token_ids) // MAX_BEST_ANSWERS) or 1]
+        return FittedTexts(part, best.num_overlong)
+    pieces: list[tuple[list[int], list[int]]]
     if _kind_of(config.demonstrations) is Document:
-        data = read_documents(config.demonstrations, field="demonstrations")
-        return [renderer.document_ids(item.text)[:most] for item in (*data.train, *data.validation)]
-    data = read_demonstrations(config.demonstrations, field="demonstrations")
-    items = (*data.train, *data.validation)
-    return [(renderer.prompt_ids(i.prompt) + renderer.answer_ids(i.prompt, i.answer))[:most] for i in items]
+        texts = read_all_documents(config.demonstrations, field="demonstrations")
+        pieces = [([], renderer.document_ids(item.text)) for item in texts]
+    else:
+        shown = read_all_demonstrations(config.demonstrations, field="demonstrations")
+        pieces = [(renderer.prompt_ids(i.prompt), renderer.answer_ids(i.prompt, i.answer)) for i in shown]
+    if config.demonstration_tokens:
+        most = min(config.demonstration_tokens, config.max_tokens)
+        return FittedTexts([(prompt + answer)[:most] for prompt, answer in pieces])
+    fitted = _fitted(pieces, config)
+    if not fitted.token_ids:
+        message = f"all {len(pieces)} demonstrations are longer than max_tokens = {config.max_tokens}"
+        raise InvalidArgumentError(f"{message}; raise it or set overlong to truncate", field="demonstrations")
+    return fitted
+
+
+def _fitted(pieces: Sequence[tuple[list[int], list[int]]], config: RewardModelConfig) -> FittedTexts:
+    """Return texts of a prompt, which may be empty, and an answer, each of at most `max_tokens`."""
+    num_overlong = sum(len(prompt) + len(answer) > config.max_tokens for prompt, answer in pieces)
+    found = (fit(p, [answer], max_tokens=config.max_tokens, overlong=config.overlong) for p, answer in pieces)
+    return FittedTexts([prompt + answers[0] for prompt, answers in filter(None, found)], num_overlong)
 
 
 def _kind_of(data: DataConfig) -> type[Record]:
@@ -187,12 +224,13 @@ def _kind_of(data: DataConfig) -> type[Record]:
 
 
 def evaluate(model: Any, rankings: RankingRows) -> Evaluation:
-    """Return the figures of a model on encoded rankings."""
+    """Return the figures of a model on encoded rankings, those with only ties left out."""
     scores = score_all(model, [ids for row in rankings.rows for ids in row["answer_ids"]]).double()
     groups = torch.split(scores, [len(row["levels"]) for row in rankings.rows])
     judged = [
         Judged(group.numpy(), np.array(row["levels"], dtype=float), np.array(lengths, dtype=float))
         for group, row, lengths in zip(groups, rankings.rows, rankings.lengths, strict=True)
+        if len(set(row["levels"])) > 1
     ]
     return evaluate_rankings(judged)
 
@@ -205,4 +243,7 @@ def _counts(material: Material) -> dict[str, Any]:
         "train_tokens": material.train.num_tokens,
         "validation_rankings": len(material.validation.rows),
         "overlong_records": material.train.num_overlong + material.validation.num_overlong,
+        "overlong_demonstrations": material.demonstrations.num_overlong,
+        "alike_answers": material.train.num_alike + material.validation.num_alike,
+        "only_ties": material.train.num_only_ties + material.validation.num_only_ties,
     }

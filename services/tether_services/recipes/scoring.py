@@ -174,10 +174,19 @@ def normalise(model: Any, demonstrations: Sequence[Sequence[int]]) -> Normalisat
     return Normalisation(gain=1.0 / deviation, bias=bias, num_demonstrations=len(demonstrations))
 
 
-def write_reward_model(model: Any, tokenizer: Any, config: RewardModelConfig, normalisation: Normalisation) -> None:
+def write_reward_model(
+    model: Any, tokenizer: Any, config: RewardModelConfig, normalisation: Normalisation, *, ends_text: bool
+) -> None:
     """Write the folder that the reward service and the critic load: an adapter with its head, or a whole model.
 
     An adapter names its base by a relative path: the two folders can be moved together.
+
+    Args:
+        model: As it was trained.
+        tokenizer: Of the model.
+        config: The stage.
+        normalisation: Of the scores.
+        ends_text: Whether the service puts the end token behind texts, as it was behind every text of the training.
     """
     base = ""
     if isinstance(model, PeftModel):
@@ -187,5 +196,5 @@ def write_reward_model(model: Any, tokenizer: Any, config: RewardModelConfig, no
         model.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
     constants = {name: value for name, value in asdict(normalisation).items() if name in ("gain", "bias")}
-    content = {"base": base, **constants, "max_length": config.max_tokens}
+    content = {"base": base, **constants, "max_length": config.max_tokens, "ends_text": ends_text}
     write_text(config.output / REWARD_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import PeftModel, TaskType
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import SFTConfig as TrlSftConfig
-from trl import SFTTrainer
 
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.artifact import relative_base, write_adapter
@@ -22,7 +21,16 @@ from tether_services.recipes.data.reading import read_demonstrations
 from tether_services.recipes.data.records import Demonstration
 from tether_services.recipes.data.rendering import Renderer, fit
 from tether_services.recipes.estimate import estimate, show_estimate
-from tether_services.recipes.packing import IGNORED, PackedTrainer, check_packing, collate_packed, pack, unpacked
+from tether_services.recipes.generation_defaults import write_generation_defaults
+from tether_services.recipes.packing import (
+    IGNORED,
+    AnswerTrainer,
+    PackedTrainer,
+    check_packing,
+    collate_packed,
+    pack,
+    unpacked,
+)
 from tether_services.recipes.progress import tracked
 from tether_services.recipes.stage import Mode, Stage, open_stage
 
@@ -42,6 +50,11 @@ class Rows:
     def num_tokens(self) -> int:
         """Return the tokens of all rows."""
         return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def end_ids(self) -> set[int]:
+        """Return the tokens that end the answers."""
+        return {row["input_ids"][-1] for row in self.rows}
 
 
 def run_sft(config: SftConfig, mode: Mode | None = None) -> Path:
@@ -70,7 +83,7 @@ def _run(stage: Stage, config: SftConfig) -> Path:
         show_estimate(estimate(trainer, config, num_tokens=train.num_tokens), title="sft")
         return config.output
     metrics = stage.train(trainer)
-    write_model(trainer.model, tokenizer, config)
+    write_model(trainer.model, tokenizer, config, end_ids=train.end_ids)
     counts = {
         "train_rows": len(train.rows),
         "train_sequences": len(trainer.train_dataset),
@@ -96,7 +109,7 @@ def encode_demonstrations(items: Sequence[Demonstration], renderer: Renderer, co
 
 def build_trainer(
     stage: Stage, config: SftConfig, *, model: Any, tokenizer: Any, parts: tuple[Rows, Rows]
-) -> SFTTrainer:
+) -> AnswerTrainer:
     """Return TRL's trainer over training and validation rows; with packing the steps are those of packed sequences."""
     train, validation = parts
     if config.packing:
@@ -111,7 +124,7 @@ def build_trainer(
         max_length=config.max_tokens,
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows have their labels and fit
     )
-    return (PackedTrainer if config.packing else SFTTrainer)(
+    return (PackedTrainer if config.packing else AnswerTrainer)(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -121,11 +134,17 @@ def build_trainer(
     )
 
 
-def write_model(model: Any, tokenizer: Any, config: FineTuneConfig) -> None:
+def write_model(model: Any, tokenizer: Any, config: FineTuneConfig, *, end_ids: Iterable[int]) -> None:
     """Write the whole model with its tokenizer, and before merging the adapter on its own.
 
     An adapter is merged in the precision of the base: the next stage and the services load one folder. Onto a quantised
     base it was trained with the base's rounded weights, so it is merged into these, in `dtype`.
+
+    Args:
+        model: As it was trained.
+        tokenizer: Of the model.
+        config: The stage.
+        end_ids: Tokens that end the answers of the data; generators stop at them.
     """
     if config.lora.rank:
         adapter = config.output / "adapter"
@@ -134,8 +153,7 @@ def write_model(model: Any, tokenizer: Any, config: FineTuneConfig) -> None:
             whole = load_base(AutoModelForCausalLM, config, base_folder(config)).dequantize()
             model = PeftModel.from_pretrained(whole, adapter)
         model = model.merge_and_unload()
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig()  # that of the base may be one that the library refuses to write
     model.save_pretrained(config.output)
+    write_generation_defaults(config.output, base=base_folder(config), tokenizer=tokenizer, end_ids=end_ids)
     tokenizer.save_pretrained(config.output)

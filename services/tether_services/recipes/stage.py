@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +32,10 @@ __all__ = ["Mode", "Stage", "open_stage"]
 HISTORY_NAME = "history.jsonl"
 TIMES = ("runtime", "per_second", "total_flos", "train_loss")
 """Figures of the trainer that a resumed run cannot repeat are left out of the history."""
+
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names that files have while they are written; see `write_text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,7 @@ def _forget_beginning(folder: Path, work: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of the folder; the operating system ends the lock with this process."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("wb")
@@ -145,6 +151,8 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _check_same_stage(name: str, config: StageConfig, mode: Mode, work: Path) -> None:
@@ -161,18 +169,38 @@ def _check_same_stage(name: str, config: StageConfig, mode: Mode, work: Path) ->
         work.mkdir(exist_ok=True)
         write_text(state, json.dumps(wanted))
         return
+    if _has_no_checkpoint(there, work) and json.loads(state.read_text(encoding="utf-8")) != _plain(wanted):
+        shutil.rmtree(work)  # nothing was learned: other settings may begin here
+        work.mkdir()
+        write_text(state, json.dumps(wanted))
+    if _has_no_checkpoint(there, work):
+        return
     begun = next((path for path in (finished, state) if path.is_file()), None)
     found = json.loads(begun.read_text(encoding="utf-8")) if begun else {}
     if not mode.resume or not found:
         what = "a finished stage" if finished.is_file() else "an unfinished stage" if found else ", ".join(there[:3])
         way = "go on with --resume, or " if found else ""
         raise InvalidArgumentError(f"{config.output} holds {what}; {way}name another folder", field="output")
-    changed = _differences({key: found.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
+    changed = _differences({key: found.get(key) for key in wanted}, _plain(wanted))
     if changed:
         message = (
             f"{config.output} was begun with other settings or data ({', '.join(changed[:5])}); name another folder"
         )
         raise FailedPreconditionError(message, field="output", reason="SETTINGS_CHANGED")
+
+
+def _has_no_checkpoint(there: Sequence[str], work: Path) -> bool:
+    """Return whether a stage was begun in the folder and ended, however it did, before its first checkpoint."""
+    return (
+        set(there) <= {work.name, "tensorboard"}
+        and (work / "stage.json").is_file()
+        and not any(work.glob("checkpoint-*"))
+    )
+
+
+def _plain(content: Mapping[str, Any]) -> Any:
+    """Return content as it comes back from a JSON file."""
+    return json.loads(json.dumps(content))
 
 
 def _describe_base(config: StageConfig) -> dict[str, Any] | None:
@@ -191,7 +219,7 @@ def _remove_leftovers(folder: Path, work: Path) -> None:
     if (folder / MANIFEST_NAME).is_file():
         shutil.rmtree(work, ignore_errors=True)
     for path in folder.rglob(".*"):
-        if path.is_file() and path.name != ".lock":
+        if path.is_file() and TEMPORARY.fullmatch(path.name):
             path.unlink()
 
 

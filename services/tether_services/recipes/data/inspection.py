@@ -53,7 +53,7 @@ class LengthPreference:
     longer_wins: float
     """Share of them in which the preferred answer has more characters; equal lengths count half."""
     longest_is_best: float
-    """Share of rankings in which the first of the longest answers has the highest level."""
+    """Share of rankings with two levels or more in which the first of the longest answers has the highest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,8 @@ def length_preference(rankings: Iterable[Ranking]) -> LengthPreference | None:
     """Return how far length alone predicts the order of answers, or None where there is no pair."""
     num_pairs, points, num_rankings, num_longest = 0, 0.0, 0, 0
     for ranking in rankings:
+        if len(set(ranking.levels)) < 2:
+            continue
         lengths = [len(answer) for answer in ranking.answers]
         num_rankings += 1
         num_longest += ranking.levels[lengths.index(max(lengths))] == max(ranking.levels)

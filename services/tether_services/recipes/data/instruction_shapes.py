@@ -18,8 +18,8 @@ from tether_services.recipes.data.records import Demonstration, Document, Labell
 
 __all__ = ["instruction_prompt", "parse_instruction", "parse_labelled", "parse_messages", "parse_text"]
 
-LABELS: dict[object, int] = {"0": 0, "1": 1, 0: 0, 1: 1}
-"""Labels as CSV and as JSON write them."""
+LABELS: dict[object, int] = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, 0: 0, 1: 1}
+"""Labels as CSV and as JSON write them; 0 and 1 find 0.0 and 1.0 too."""
 
 
 def instruction_prompt(row: Fields, instance: Fields) -> tuple[Turn, ...]:
@@ -81,7 +81,7 @@ def parse_labelled(row: Fields, place: Place) -> Iterator[LabelledText]:
     label = row.get("label")
     if label is None:
         raise RowError("missing_field", "label")
-    if isinstance(label, bool) or not isinstance(label, str | int) or label not in LABELS:
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or label not in LABELS:
         raise RowError("bad_label", "label must be 0 or 1")
     name = "sentence" if row.get("sentence") is not None else "text"
     yield LabelledText(text_of(row, name, blank="empty_text").strip(), LABELS[label], place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -20,12 +19,11 @@ from tether_services.recipes.data.fields import (
 from tether_services.recipes.data.instruction_shapes import instruction_prompt
 from tether_services.recipes.data.problems import Dropped, RowError
 from tether_services.recipes.data.records import Place, Prompt, Ranking, Turn
+from tether_services.recipes.data.transcripts import REPLY_MARK, read_transcript
 
 __all__ = ["parse_hh", "parse_oasst", "parse_pair", "parse_ranked"]
 
 SIDES = ("chosen", "rejected")
-REPLY_MARK = "\n\nAssistant:"
-TURN_MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 def parse_hh(row: Fields, place: Place) -> Iterator[Ranking | Dropped]:
@@ -40,7 +38,7 @@ def parse_hh(row: Fields, place: Place) -> Iterator[Ranking | Dropped]:
     chosen, rejected = (_cut_transcript(text_of(row, name, blank="empty_answer"), name) for name in SIDES)
     if chosen[0] != rejected[0]:
         raise RowError("different_prompts")
-    prompt = check_prompt(_read_transcript(chosen[0]), name="the transcript")
+    prompt = check_prompt(read_transcript(chosen[0]), name="the transcript")
     yield _pair(prompt, (chosen[1], rejected[1]), place=place)
 
 
@@ -51,21 +49,13 @@ def _cut_transcript(text: str, name: str) -> tuple[str, str]:
     return prompt, check_text(answer.strip(), name=name, blank="empty_answer")
 
 
-def _read_transcript(text: str) -> tuple[Turn, ...]:
-    before, *parts = TURN_MARK.split(text)
-    turns = [Turn("system", before.strip())] if before.strip() else []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        turns.append(Turn("user" if speaker == "Human" else "assistant", content.strip()))
-    return tuple(turns)
-
-
 def _pair(prompt: Prompt, answers: Sequence[str], *, place: Place, margin: float | None = None) -> Ranking | Dropped:
     return _ranking(Ranking(prompt, tuple(answers), (1.0, 0.0), place, margin=margin))
 
 
 def _ranking(ranking: Ranking) -> Ranking | Dropped:
-    """Return the ranking if it says something: two levels at least, and no answer on two of them."""
-    if len(set(ranking.levels)) < 2:
+    """Return the ranking if it says something: scores, or two levels at least; and no answer on two levels."""
+    if len(set(ranking.levels)) < 2 and not ranking.is_scored:
         return Dropped("only_ties")
     placed = set(zip(ranking.answers, ranking.levels, strict=True))
     return Dropped("identical_answers") if len(set(ranking.answers)) < len(placed) else ranking

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -21,7 +22,10 @@ __all__ = [
     "DataReport",
     "DataSet",
     "Part",
+    "check_malformed",
     "divide_parts",
+    "read_all_demonstrations",
+    "read_all_documents",
     "read_demonstrations",
     "read_documents",
     "read_labelled",
@@ -56,8 +60,8 @@ class DataReport:
     """Place and reason of the first malformed rows."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON spells it, with every file reduced to its name."""
-        names = {source: Path(source).name if Path(source).exists() else source for source in self.shapes}
+        """Return the report as JSON spells it, with every file reduced to its name, or what tells it from others."""
+        names = _short_names(self.shapes)
 
         def shorten(place: str) -> str:
             source = next((source for source in names if place.startswith(f"{source}:")), "")
@@ -65,6 +69,20 @@ class DataReport:
 
         shapes = {names[source]: shape for source, shape in self.shapes.items()}
         return asdict(self) | {"shapes": shapes, "first_malformed": [shorten(place) for place in self.first_malformed]}
+
+
+def _short_names(sources: Iterable[str]) -> dict[str, str]:
+    """Return the shortest end of each file's path that no other one has; data sets of a hub keep their names."""
+    parts = {source: Path(source).parts if Path(source).exists() else (source,) for source in sources}
+
+    def name_of(source: str) -> str:
+        for count in range(1, len(parts[source]) + 1):
+            end = parts[source][-count:]
+            if sum(other[-count:] == end for other in parts.values()) == 1:
+                return str(Path(*end)) if Path(source).exists() else source
+        return source
+
+    return {source: name_of(source) for source in parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +142,44 @@ def read_labelled(config: DataConfig, *, field: str = "") -> DataSet[LabelledTex
     return _read(config, LabelledText, field=field)
 
 
+def read_all_demonstrations(config: DataConfig, *, field: str = "") -> list[Demonstration]:
+    """Return every demonstration of all sources, undivided and each once: to measure on, so one is enough.
+
+    Raises:
+        InvalidArgumentError: A source cannot be read, too much of it is malformed, or nothing is left.
+    """
+    return _read_all(config, Demonstration, field=field)
+
+
+def read_all_documents(config: DataConfig, *, field: str = "") -> list[Document]:
+    """Return every document of all sources, undivided and each once; of labelled texts the words.
+
+    Raises:
+        InvalidArgumentError: As `read_all_demonstrations`.
+    """
+    return _read_all(config, Document, field=field)
+
+
+def _read_all(config: DataConfig, kind: type[RecordT], *, field: str) -> list[RecordT]:
+    with _named_under(field):
+        parts = read_parts(config, kind=kind)
+        check_malformed(parts, config)
+        records = drop_repeated((record for part in parts for record in part.records), Tally())
+        if not records:
+            raise InvalidArgumentError(f"no {kind.__name__.lower()} is left", field="sources")
+    return cast("list[RecordT]", records)
+
+
 def _read(config: DataConfig, kind: type[RecordT], *, field: str) -> DataSet[RecordT]:
-    """Return the data; errors name their setting under `field`, where the configuration stands in a larger one."""
-    try:
+    with _named_under(field):
         return _read_kind(config, kind)
+
+
+@contextmanager
+def _named_under(field: str) -> Iterator[None]:
+    """Let errors name their setting under `field`, where the configuration stands in a larger one; empty: nowhere."""
+    try:
+        yield
     except InvalidArgumentError as error:
         if not field:
             raise
@@ -137,8 +189,7 @@ def _read(config: DataConfig, kind: type[RecordT], *, field: str) -> DataSet[Rec
 
 def _read_kind(config: DataConfig, kind: type[RecordT]) -> DataSet[RecordT]:
     parts = read_parts(config, kind=kind)
-    for part, field in zip(parts, ("sources", "validation_sources"), strict=False):
-        _check_share(part.tally, field=field, most=config.max_malformed_share)
+    check_malformed(parts, config)
     train, validation = divide_parts(parts, fraction=config.validation_fraction)
     _check_not_empty(train, validation, has_validation_sources=len(parts) == 2)
     report = report_of(parts, num_train=len(train), num_validation=len(validation))
@@ -284,6 +335,16 @@ def _divide(records: Sequence[Record], *, fraction: float) -> tuple[list[Record]
         is_kept = not is_alone and is_validation(split_key(record), fraction=fraction)
         (validation if is_kept else train).append(record)
     return train, validation
+
+
+def check_malformed(parts: Sequence[Part], config: DataConfig) -> None:
+    """Refuse the data if more of a part is malformed than the configuration allows.
+
+    Raises:
+        InvalidArgumentError: With the share and the first places.
+    """
+    for part, field in zip(parts, ("sources", "validation_sources"), strict=False):
+        _check_share(part.tally, field=field, most=config.max_malformed_share)
 
 
 def _check_share(tally: Tally, *, field: str, most: float) -> None:

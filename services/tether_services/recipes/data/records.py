@@ -62,7 +62,7 @@ class Ranking:
     answers: tuple[str, ...]
     """[K], at least two, none empty."""
     levels: tuple[float, ...]
-    """[K], higher is better; equal levels are a tie; at least two differ."""
+    """[K], higher is better; equal levels are a tie; at least two differ, unless they are scores."""
     place: Place = field(compare=False)
     margin: float | None = None
     """By how much the score of a better answer should lead, 0 or more; None: unknown."""

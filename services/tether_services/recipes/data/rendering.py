@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.data.records import Prompt, Turn
+from tether_services.recipes.data.transcripts import is_transcript
 
-__all__ = ["Renderer", "Template", "fit"]
+__all__ = ["Renderer", "Template", "check_template", "fit"]
 
 Template = Literal["auto", "chat", "dialogue", "plain"]
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -30,13 +31,15 @@ class Renderer:
             tokenizer: Of transformers; with an end-of-text token.
             template: "chat": the tokenizer's own; a text becomes one turn of the user. "dialogue": turns after
                 `Human:` and `Assistant:`, as in the HH transcripts. "plain": turns with a blank line after each; a text
-                is continued as it stands. "auto": a text plain, a conversation with the chat template or, where there
-                is none, as dialogue.
+                is continued as it stands. "auto": the chat template where there is one, but for texts that are
+                transcripts. Where there is none, a conversation as dialogue; a text is continued as it stands, after a
+                space where neither the prompt nor the answer has one.
             field: The setting that names the template, for errors.
 
         Raises:
-            InvalidArgumentError: No end token, or no chat template where one is asked for.
+            InvalidArgumentError: There is no such template, no end token, or no chat template where one is asked for.
         """
+        check_template(template, field=field)
         if tokenizer.eos_token_id is None:
             raise InvalidArgumentError("the tokenizer has no end-of-text token; set its eos_token", field=field)
         if template == "chat" and not tokenizer.chat_template:
@@ -83,12 +86,12 @@ class Renderer:
         Raises:
             InvalidArgumentError: As `prompt_ids`.
         """
-        form = self._form(prompt)
-        if form == "chat":
+        if self._form(prompt) == "chat":
             return self._end(self._chat_ids(prompt, answer))
         before = self.prompt_ids(prompt)
-        spaced = f" {answer}" if form == "dialogue" else answer
-        whole = self._text_ids(self._prompt_text(prompt) + spaced)
+        text = self._prompt_text(prompt)
+        is_joined = self._template == "plain" or text[-1:].isspace() or answer[:1].isspace()
+        whole = self._text_ids(text + answer if is_joined else f"{text} {answer}")
         is_prefix = len(whole) > len(before) and whole[: len(before)] == before
         answer_ids = whole[len(before) :] if is_prefix else self._ordinary_ids(answer)
         return [*answer_ids, self._tokenizer.eos_token_id]
@@ -100,7 +103,7 @@ class Renderer:
     def _form(self, prompt: Prompt) -> Literal["chat", "dialogue", "plain"]:
         if self._template != "auto":
             return self._template
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and (is_transcript(prompt) or not self._tokenizer.chat_template):
             return "plain"
         return "chat" if self._tokenizer.chat_template else "dialogue"
 
@@ -179,6 +182,17 @@ class Renderer:
         while ids and ids[-1] not in self._special_ids and not self._tokenizer.decode(ids[-1:]).strip():
             ids.pop()
         return ids if ids and ids[-1] in self._special_ids else [*ids, self._tokenizer.eos_token_id]
+
+
+def check_template(name: str, *, field: str) -> None:
+    """Refuse a name that is no template.
+
+    Raises:
+        InvalidArgumentError: With the names that there are.
+    """
+    if name not in get_args(Template):
+        message = f"there is no template {name!r}; there are {', '.join(get_args(Template))}"
+        raise InvalidArgumentError(message, field=field)
 
 
 def _turns(prompt: Prompt) -> tuple[Turn, ...]:

@@ -52,7 +52,7 @@ SHAPES: dict[str, RowShape] = {
             '{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?", "margin": 1.5}\n'
             "Each field is a text or a list of messages; without prompt, chosen and rejected are whole conversations.\n"
             "margin is optional. instruction and input may stand in place of prompt.\n"
-            "A prompt that is a text is continued as it stands; messages are a conversation.",
+            "A prompt that is a text is a user's turn where there is a chat template, else continued as it stands.",
         ),
         RowShape(
             "ranked",

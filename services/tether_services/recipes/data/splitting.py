@@ -7,6 +7,7 @@ import json
 
 from tether_services.recipes.data.records import Demonstration, LabelledText, Prompt, Ranking
 from tether_services.recipes.data.shapes import Record
+from tether_services.recipes.data.transcripts import is_transcript, read_transcript
 from tether_services.recipes.data.wording import overlap_key
 
 __all__ = ["canonical_prompt", "identity", "is_validation", "opening", "split_key"]
@@ -18,18 +19,26 @@ HASH_RANGE = 2**32
 def opening(prompt: Prompt) -> str:
     """Return what a prompt begins with: the first turn of the user that says something, or the text itself.
 
-    Dialogues that go on from the same opening, such as the groups of one message tree, share it.
+    Dialogues that go on from the same opening, such as the groups of one message tree, share it, and so do transcripts
+    that are one text.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and not is_transcript(prompt):
         return prompt
-    return next((turn.content for turn in prompt if turn.role == "user" and turn.content.strip()), "")
+    turns = read_transcript(prompt) if isinstance(prompt, str) else prompt
+    said = (turn.content for turn in turns if turn.role == "user" and turn.content.strip())
+    return next(said, prompt if isinstance(prompt, str) else "")
 
 
 def split_key(record: Record) -> str:
-    """Return what must not be in both parts: the opening of a prompt, the words of a labelled text, or a document."""
+    """Return what must not be in both parts: the opening of a prompt, the words of a labelled text, or a document.
+
+    Upper case, and where and how wide white space is, make no other prompt. A document is what it is, to the letter.
+    """
+    if isinstance(record, LabelledText):
+        return overlap_key(record.text)
     if isinstance(record, Demonstration | Ranking):
-        return opening(record.prompt)
-    return overlap_key(record.text) if isinstance(record, LabelledText) else record.text
+        return " ".join(opening(record.prompt).split()).casefold()
+    return record.text
 
 
 def is_validation(key: str, *, fraction: float) -> bool:
@@ -53,7 +62,7 @@ def identity(record: Record) -> bytes:
     elif isinstance(record, Demonstration):
         content = [canonical_prompt(record.prompt), record.answer]
     else:
-        content = [split_key(record)]
+        content = [split_key(record) if isinstance(record, LabelledText) else record.text]
     return hashlib.sha256(_canonical(content).encode("utf-8")).digest()[:16]
 
 
