@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.recipes.checkpoints import CheckpointGuard, step_of
 from tether_services.recipes.config import StageConfig
+from tether_services.recipes.interruption import interruption
 from tether_services.recipes.progress import Report, progress_line
 from tether_services.runtime.model_folder import pick_device
 
@@ -113,6 +114,7 @@ def train(trainer: Trainer, *, config: StageConfig, title: str, folder: Path, ch
 
     Raises:
         FailedPreconditionError: A loss is no longer a finite number.
+        KeyboardInterrupt: Ctrl-C, after the step or the batch of an evaluation that it came in.
     """
     for name, value in GROUPS.items():
         os.environ.setdefault(name, value)
@@ -122,8 +124,10 @@ def train(trainer: Trainer, *, config: StageConfig, title: str, folder: Path, ch
     if "tensorboard" in config.training.trackers:
         step = step_of(checkpoint) + 1 if checkpoint else None
         trainer.add_callback(_Figures(SummaryWriter(str(folder / "tensorboard"), purge_step=step)))
-    with progress_line(title, total=count_steps(config, num_rows=len(trainer.train_dataset))) as report:
+    num_steps = count_steps(config, num_rows=len(trainer.train_dataset))
+    with progress_line(title, total=num_steps) as report, interruption() as asked:
         trainer.add_callback(_Progress(report))
+        trainer.add_callback(asked)
         trainer.add_callback(_NoStepTooMany())
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
