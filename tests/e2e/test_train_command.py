@@ -52,10 +52,17 @@ def test_pretraining_from_the_command_line_prints_the_folder_that_it_wrote(tmp_p
     assert json.loads((tmp_path / "model" / "manifest.json").read_text())["config"]["training"]["max_steps"] == 3
 
 
+def _take_interrupts() -> None:
+    """Undo what the tests themselves may have inherited: a job in the background ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_process_with_a_way_to_go_on_and_no_traceback(tmp_path: Path) -> None:
     command = write_command(tmp_path, max_steps=2000)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_take_interrupts
+    )
     first = tmp_path / "model" / "checkpoints"
     until = time.monotonic() + 200
     while not any(first.glob("checkpoint-*/complete")) and process.poll() is None and time.monotonic() < until:

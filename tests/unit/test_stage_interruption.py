@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tests.unit.stage_inputs import sft_config
 from tether_services.recipes.interruption import interruption
 from tether_services.recipes.sft import run_sft
 from tether_services.recipes.stage import Mode
+
+
+@pytest.fixture(autouse=True)
+def taken_interrupts() -> Iterator[None]:
+    """Ctrl-C as in the foreground, however the tests themselves are run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class PressedAt(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -54,6 +63,14 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second one is not held back")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_in_the_background_goes_on_ignoring_it() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruption() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked.asked.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

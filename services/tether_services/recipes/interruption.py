@@ -44,7 +44,8 @@ class Interruption(TrainerCallback):  # type: ignore[misc]  # transformers is un
 def interruption() -> Iterator[Interruption]:
     """Yield a callback that a first Ctrl-C asks to end the training; a second one ends it at once."""
     callback = Interruption()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may take signals
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a job that a shell runs in the background
+    if is_ignored or threading.current_thread() is not threading.main_thread():  # only that one may take signals
         yield callback
         return
 
