@@ -62,7 +62,7 @@ def check_packing(model: Any, rows: Sequence[Mapping[str, list[int]]], *, is_exa
 
     Args:
         model: On its device.
-        rows: Training rows; the first two are read.
+        rows: Training rows; the ends of the first and of the last are read.
         is_exact: Whether it computes in float32, not quantised.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 from typing import Literal
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from tether.reference import LogprobItem
 from tether_services.recipes.config import DpoConfig
-from tether_services.recipes.data.records import Ranking
+from tether_services.recipes.data.records import Ranking, ordered_pairs
 from tether_services.recipes.data.rendering import Renderer, fit
 from tether_services.recipes.ranking_metrics import win_share
 
@@ -72,10 +71,8 @@ def order_pairs(levels: Sequence[float], *, pairs: Literal["all", "best_worst"])
     """
     if pairs == "best_worst":
         yield levels.index(max(levels)), levels.index(min(levels))
-        return
-    for first, second in combinations(range(len(levels)), 2):
-        if levels[first] != levels[second]:
-            yield (first, second) if levels[first] > levels[second] else (second, first)
+    else:
+        yield from ordered_pairs(levels)
 
 
 def encode_pairs(rankings: Iterable[Ranking], renderer: Renderer, config: DpoConfig) -> Pairs:

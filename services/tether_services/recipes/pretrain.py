@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl, TrainingArguments
 
 from tether_services.recipes.blocks import Blocks
@@ -198,11 +199,8 @@ def held_out_loss(model: nn.Module, documents: Sequence[str], *, tokenizer: Any,
 
 def _right_pad(rows: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
     """Return inputs and targets [B, T - 1]; padded targets are ignored, and causality hides padding on the right."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    targets = torch.full((len(rows), width), IGNORED)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
+    tensors = [torch.tensor(row) for row in rows]
+    ids, targets = (pad_sequence(tensors, batch_first=True, padding_value=value) for value in (pad, IGNORED))
     return ids[:, :-1], targets[:, 1:]
 
 

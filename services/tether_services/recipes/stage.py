@@ -169,11 +169,11 @@ def _check_same_stage(name: str, config: StageConfig, mode: Mode, work: Path) ->
         work.mkdir(exist_ok=True)
         write_text(state, json.dumps(wanted))
         return
-    if _has_no_checkpoint(there, work) and json.loads(state.read_text(encoding="utf-8")) != _plain(wanted):
-        shutil.rmtree(work)  # nothing was learned: other settings may begin here
-        work.mkdir()
-        write_text(state, json.dumps(wanted))
     if _has_no_checkpoint(there, work):
+        if json.loads(state.read_text(encoding="utf-8")) != _plain(wanted):
+            shutil.rmtree(work)  # nothing was learned: other settings may begin here
+            work.mkdir()
+            write_text(state, json.dumps(wanted))
         return
     begun = next((path for path in (finished, state) if path.is_file()), None)
     found = json.loads(begun.read_text(encoding="utf-8")) if begun else {}

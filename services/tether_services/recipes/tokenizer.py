@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tether.errors import InvalidArgumentError
+from tether_services.recipes import base_model
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 """Three distinct special tokens, ids 0, 1 and 2: the end of a text is never confused with padding."""
@@ -60,15 +61,12 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_length: in
 
 
 def load_tokenizer(folder: Path, *, field: str) -> Any:
-    """Return the tokenizer of a folder.
+    """Return the tokenizer of a folder to pretrain with, which must tell padding from the end of a text.
 
     Raises:
         InvalidArgumentError: No tokenizer there, or its bos, eos and pad tokens are not three.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"no tokenizer in {folder}: {error}", field=field) from error
+    tokenizer = base_model.load_tokenizer(folder, field=field)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if None in ids or len(set(ids)) != len(ids):
         raise InvalidArgumentError(f"the tokenizer in {folder} needs distinct bos, eos and pad tokens", field=field)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tether_services.recipes.config import DataConfig
 from tether_services.recipes.data.reading import OnRow, divide_parts, read_parts, report_of
-from tether_services.recipes.data.records import Demonstration, LabelledText, Prompt, Ranking
+from tether_services.recipes.data.records import Demonstration, LabelledText, Prompt, Ranking, ordered_pairs
 from tether_services.recipes.data.rendering import Renderer
 from tether_services.recipes.data.shapes import Record
 from tether_services.recipes.data.splitting import canonical_prompt, split_key
@@ -123,10 +123,8 @@ def _prompt_key(record: Record) -> str:
 
 def preferred_pairs(ranking: Ranking) -> Iterator[tuple[str, str]]:
     """Yield (better, worse) for every two answers on different levels."""
-    placed = zip(ranking.answers, ranking.levels, strict=True)
-    for (first, first_level), (second, second_level) in itertools.combinations(placed, 2):
-        if first_level != second_level:
-            yield (first, second) if first_level > second_level else (second, first)
+    for better, worse in ordered_pairs(ranking.levels):
+        yield ranking.answers[better], ranking.answers[worse]
 
 
 def length_preference(rankings: Iterable[Ranking]) -> LengthPreference | None:

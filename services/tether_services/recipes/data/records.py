@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
-__all__ = ["Demonstration", "Document", "LabelledText", "Place", "Prompt", "Ranking", "Role", "Turn"]
+__all__ = ["Demonstration", "Document", "LabelledText", "Place", "Prompt", "Ranking", "Role", "Turn", "ordered_pairs"]
 
 Role = Literal["system", "user", "assistant"]
 
@@ -79,3 +81,10 @@ class LabelledText:
     label: int
     """1 positive, 0 negative."""
     place: Place = field(compare=False)
+
+
+def ordered_pairs(levels: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """Yield (better, worse) places for every two answers on different levels."""
+    for first, second in combinations(range(len(levels)), 2):
+        if levels[first] != levels[second]:
+            yield (first, second) if levels[first] > levels[second] else (second, first)
