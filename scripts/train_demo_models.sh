@@ -25,7 +25,7 @@ polarity=$unpacked/sentence_polarity
 
 "$python" -m tether_services train pretrain --config deploy/config/pretrain.toml \
   --set "output=$unpacked/policy" \
-  --set "data.sources=['$data/text/tinystories-sample.txt', '$data/text/bryant-stories.txt', '$data/text/burgess-busterbrown.txt']"
+  --set "data.sources=['$data/text/tinystories-sample.txt', '$data/text/bryant-stories.txt', '$data/text/burgess-busterbrown.txt', '$data/sentiment/sst-train.csv']"
 cp "$unpacked"/policy/*.json "$unpacked"/policy/*.safetensors "$models/policy/"
 
 # The SST file comes first: of a sentence in both sets its label is the better one and stays.

@@ -58,6 +58,17 @@ def test_merges_make_frequent_words_short(tokenizer: Any) -> None:
     assert len(encode_document(tokenizer, TEXT[0], end=False)) < len(TEXT[0]) / 2
 
 
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_tokenizer_blind_to_case_has_one_spelling_of_a_word(text: str, tmp_path: Path) -> None:
+    blind = train_tokenizer([sentence.upper() for sentence in TEXT], vocab_size=280, max_length=64, lowercase=True)
+    blind.save_pretrained(tmp_path)
+    stored = load_tokenizer(tmp_path, field="tokenizer")
+    first, *others = [encode_document(stored, found) for found in ("Little", "little", " LITTLE")]
+    assert others == [first, first]
+    assert len(first) < len("little") + 2, "merges are learned from the lower-case text"
+    assert stored.decode(encode_document(stored, text, end=False)[1:]).lstrip(" ") == text.lower().lstrip(" ")
+
+
 def test_too_little_text_for_the_vocabulary_names_the_field() -> None:
     with pytest.raises(InvalidArgumentError, match="give more text") as caught:
         train_tokenizer(["aa"], vocab_size=2048, max_length=64)

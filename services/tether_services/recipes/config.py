@@ -185,6 +185,9 @@ class PretrainConfig(StageConfig):
     """Folder of a tokenizer to use again; unset trains one."""
     vocab_size: Annotated[int, Field(ge=260, le=65536)] = 2048
     """Tokens in the vocabulary, 260 to 65,536: 256 bytes, 3 special tokens, merges."""
+    lowercase: bool = False
+    """Make the new vocabulary blind to letter case: better for the base of a small reward model, which only reads; such
+    a model writes lower case."""
     hidden_size: Annotated[int, Field(ge=32, le=4096)] = 160
     """Width of the model, a multiple of `head_dim`, 32 to 4,096."""
     head_dim: Literal[32, 64, 128] = 32

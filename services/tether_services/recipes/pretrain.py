@@ -94,7 +94,9 @@ def _tokenizer(config: PretrainConfig, documents: Sequence[Document]) -> Any:
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, field="tokenizer")
     texts = (document.text for document in documents)
-    return train_tokenizer(texts, vocab_size=config.vocab_size, max_length=config.context_tokens)
+    return train_tokenizer(
+        texts, vocab_size=config.vocab_size, max_length=config.context_tokens, lowercase=config.lowercase
+    )
 
 
 def _show_estimate(trainer: Trainer, config: PretrainConfig, *, num_tokens: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tether.errors import InvalidArgumentError
@@ -16,8 +16,10 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 """Three distinct special tokens, ids 0, 1 and 2: the end of a text is never confused with padding."""
 
 
-def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that encodes any text without loss and puts `<s>` in front.
+def train_tokenizer(
+    documents: Iterable[str], *, vocab_size: int, max_length: int, lowercase: bool = False
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that encodes any text and puts `<s>` in front, without loss unless `lowercase` is true.
 
     `split_special_tokens` is on and stored with the tokenizer: the characters `</s>` in a text are encoded as those
     characters, never as the end token.
@@ -26,12 +28,15 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_length: in
         documents: Texts to learn the merges from.
         vocab_size: Tokens in all, with 3 special ones and 256 bytes.
         max_length: Longest sequence of the model in tokens.
+        lowercase: Turn texts into lower case and put a space in front: a word is the same tokens wherever it stands.
 
     Raises:
         InvalidArgumentError: The texts hold too few distinct pairs for that many tokens.
     """
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if lowercase:
+        core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
