@@ -127,6 +127,16 @@ def test_gradient_checkpointing_reaches_the_adapter(tmp_path: Path) -> None:
     assert all(weight.grad is not None and bool(weight.grad.any()) for weight in trained)
 
 
+def test_only_a_reward_model_has_an_adapter_of_the_embeddings(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out", lora={"target_modules": ["q_proj", "embed_tokens"]})
+    refused = fields_of(lambda: adapted(config))
+    assert list(refused) == ["lora.target_modules"] and "embed_tokens" in refused["lora.target_modules"]
+    ranker = load(config, kind=AutoModelForSequenceClassification, num_labels=1, may_lack=("score.weight",))
+    model = with_adapter(ranker, config, task=TaskType.SEQ_CLS)
+    trained = {name.split(".")[-3] for name, weight in model.named_parameters() if "lora_embedding" in name}
+    assert trained == {"embed_tokens"}
+
+
 def test_what_is_too_long_for_the_base_is_refused(tmp_path: Path) -> None:
     base = str(write_base(tmp_path / "short", max_position_embeddings=64))
     refused = fields_of(lambda: load(sft_config(tmp_path, tmp_path / "out", base=base)))

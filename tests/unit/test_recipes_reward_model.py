@@ -27,7 +27,7 @@ from tests.unit.reward_inputs import labelled_config, reward_config, write_ranke
 from tests.unit.stage_inputs import PACKAGED_POLICY, write_base
 from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.trainer.critic_start import read_critic_start
-from tether_services.recipes.config import RewardModelConfig
+from tether_services.recipes.config import LORA_TARGETS, RewardModelConfig
 from tether_services.recipes.data.reading import read_rankings
 from tether_services.recipes.data.rendering import Renderer
 from tether_services.recipes.ranking_metrics import Judged, measure_agreement
@@ -47,8 +47,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranked(inputs: Path) -> Path:
-    """An adapter from rankings of two to five answers."""
-    return run_reward_model(reward_config(inputs, inputs / "ranked", training={"num_epochs": 6, "eval_every": 9}))
+    """An adapter of all linear layers and the embeddings, from rankings of two to five answers."""
+    lora = {"rank": 4, "target_modules": [*LORA_TARGETS, "embed_tokens"]}
+    training = {"num_epochs": 6, "eval_every": 9}
+    return run_reward_model(reward_config(inputs, inputs / "ranked", lora=lora, training=training))
 
 
 @pytest.fixture(scope="module")

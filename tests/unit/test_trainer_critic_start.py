@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from tests.unit.tiny_llama import random_samples, score_samples, write_tiny_llama
+from tests.unit.tiny_llama import new_trainer, random_samples, score_samples, write_tiny_llama
 from tether.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from tether_services.orchestrator.config import PpoConfig, TrainerConfig
 from tether_services.orchestrator.trainer import Sample, Trainer
@@ -34,7 +34,9 @@ def write_reward_model(folder: Path, base: Path, **overrides: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder)
+            if "lora_embedding_A" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()
     normalisation = {"base": "../base", "gain": GAIN, "bias": BIAS, "max_length": 64}
     (folder / "tether_reward.json").write_text(json.dumps(normalisation))
@@ -115,6 +117,36 @@ def test_rank_stabilised_scaling_is_honoured(models: Path, tmp_path: Path) -> No
     trainer = new_critic(models / "base", tmp_path / "reward")
     expected = raw_scores(models / "base", tmp_path / "reward", ROWS)
     assert last_values(trainer, ROWS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adapter_of_the_embeddings_starts_the_critic_and_leaves_policy_and_output_layer(
+    models: Path, tmp_path: Path
+) -> None:
+    write_reward_model(tmp_path / "reward", models / "base", target_modules=["q_proj", "embed_tokens"])
+    (tmp_path / "reward" / "tether_reward.json").unlink()
+    trainer = new_critic(models / "base", tmp_path / "reward")
+    expected = raw_scores(models / "base", tmp_path / "reward", ROWS)
+    assert last_values(trainer, ROWS) == pytest.approx(expected, abs=1e-5)
+    samples = random_samples(8)
+    policy, plain = (
+        torch.cat(owner.compute_logprobs(samples, adapter="policy", temperature=1.0))
+        for owner in (trainer, new_trainer(models / "base"))
+    )
+    assert policy.equal(plain)
+    trained = trainer._model.trained_parameters("critic")
+    assert sum("lora_embedding" in name for name in trained) == 2
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    trainer.update(score_samples(trainer, samples))
+    assert all(not parameter.equal(before[name]) for name, parameter in trained.items())
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    resumed = new_critic(models / "base", tmp_path / "reward")
+    resumed.load_checkpoint(tmp_path / "checkpoint")
+    assert last_values(resumed, ROWS) == last_values(trainer, ROWS)
+
+
+def test_the_policy_has_no_adapter_of_the_embeddings(models: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="no linear layers named embed_tokens for the policy adapter"):
+        new_trainer(models / "base", lora_target_modules=("q_proj", "embed_tokens"))
 
 
 def damaged(models: Path, tmp_path: Path, name: str, content: bytes | None) -> Path:

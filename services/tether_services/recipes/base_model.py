@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
 from transformers import AutoTokenizer, set_seed
 
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.config import FineTuneConfig
 from tether_services.runtime.model_folder import find_model_folder, pick_device
-from tether_services.runtime.pretrained import load_pretrained
+from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 
 __all__ = ["base_folder", "load_base", "load_tokenizer", "with_adapter"]
 
@@ -77,10 +79,12 @@ def with_adapter(model: Any, config: FineTuneConfig, *, task: TaskType) -> Any:
     For sequence classification PEFT trains and saves the head `score` too.
 
     Raises:
-        InvalidArgumentError: The base has none of the target modules.
+        InvalidArgumentError: The base has none of the target modules, or a language model's embeddings are one.
     """
     if not config.lora.rank:
         return model
+    if task is TaskType.CAUSAL_LM:
+        _check_linear(model, config.lora.target_modules)
     lora = LoraConfig(
         task_type=task,
         r=config.lora.rank,
@@ -91,9 +95,19 @@ def with_adapter(model: Any, config: FineTuneConfig, *, task: TaskType) -> Any:
     )
     set_seed(config.seed)  # the same start however the base was loaded, and TRL's
     try:
+        allow_adapters_of_embeddings()
         adapted = get_peft_model(model, lora)
     except ValueError as error:  # PEFT's answer where no layer has one of the names
         raise InvalidArgumentError(f"no adapter fits this base: {error}", field="lora.target_modules") from error
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return adapted
+
+
+def _check_linear(model: Any, names: Sequence[str]) -> None:
+    """Refuse an adapter of the embeddings: the output layer may share them, and engines do not serve it."""
+    embeddings = {path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, nn.Embedding)}
+    refused = sorted(embeddings.intersection(names))
+    if refused:
+        message = f"an adapter of the embeddings ({refused[0]}) can only belong to a reward model"
+        raise InvalidArgumentError(message, field="lora.target_modules")

@@ -59,7 +59,7 @@ class LoraSettings(Settings):
     dropout: Fraction = 0.0
     """Share of the adapter's inputs that training sets to zero, in [0, 1)."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter; of a reward model also of the embeddings."""
 
 
 class TrainingSettings(Settings):

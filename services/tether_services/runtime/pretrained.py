@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,19 @@ from transformers.utils import logging as transformers_logging
 from tether.errors import InvalidArgumentError
 from tether_services.runtime.model_folder import Quantization
 
+EMBEDDING_WARNINGS = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Setting `save_embedding_layers` to `True`",
+)
+"""How PEFT begins its doubts about an adapter of the embeddings that the output layer does not have."""
 KEPT_WHOLE = ("lm_head", "score")
 """Layers that stay as they are in a quantised model: those whose output is the result."""
+
+
+def allow_adapters_of_embeddings() -> None:
+    """Keep PEFT's doubts about them quiet in this process; what we read from them is a score or a value, no token."""
+    for beginning in EMBEDDING_WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
 
 
 def load_pretrained(

@@ -22,7 +22,7 @@ from tether_services.orchestrator.config import TrainerConfig
 from tether_services.orchestrator.trainer.critic_start import CriticStart, LoraShape
 from tether_services.ppo.statistics import at_least_float32
 from tether_services.runtime.model_folder import Quantization
-from tether_services.runtime.pretrained import load_pretrained
+from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 
 __all__ = ["AdapterName", "SharedModel", "check_no_dropout", "load_base"]
 
@@ -140,9 +140,9 @@ class SharedModel:
         """Return the LoRA parameters by their PEFT name without the adapter's name, in order of name."""
         found: dict[str, nn.Parameter] = {}
         for name, parameter in self._peft.named_parameters():
-            for part in ("lora_A", "lora_B"):
-                if name.endswith(f".{part}.{adapter}.weight"):
-                    found[name.replace(f".{part}.{adapter}.", f".{part}.")] = parameter
+            for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                if name.endswith((f".{part}.{adapter}.weight", f".{part}.{adapter}")):
+                    found[name.replace(f".{part}.{adapter}", f".{part}")] = parameter
         return dict(sorted(found.items()))
 
     def trained_parameters(self, adapter: AdapterName) -> dict[str, nn.Parameter]:
@@ -176,15 +176,18 @@ def copy_tensors(target: dict[str, nn.Parameter], source: dict[str, Tensor], *, 
 def _attach(base: Any, shapes: dict[str, LoraShape]) -> Any:
     """Return the PEFT model around `base` with one adapter per shape."""
     # As the generator: the output layer is shared with every log-probability and has no adapter.
-    modules = base.get_decoder().named_modules()
-    present = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    # A reward model may have changed the embeddings; an engine that serves the policy's adapter may not load that.
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"policy": (nn.Linear,), "critic": (nn.Linear, nn.Embedding)}
+    modules = list(base.get_decoder().named_modules())
     for name, shape in shapes.items():
+        present = {path.rpartition(".")[2] for path, module in modules if isinstance(module, kinds[name])}
         missing = sorted(set(shape.target_modules) - present)
         if missing:
             message = f"the base's blocks have no linear layers named {', '.join(missing)} for the {name} adapter"
             raise InvalidArgumentError(message, field="trainer.lora_target_modules")
     model = get_peft_model(base, _lora_config(shapes["policy"]), adapter_name="policy")
     if "critic" in shapes:
+        allow_adapters_of_embeddings()
         model.add_adapter("critic", _lora_config(shapes["critic"]))
     return model.eval()
 

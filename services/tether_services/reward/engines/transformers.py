@@ -24,7 +24,7 @@ from tether_services.reward.engine import EngineDescription, ScoreTask
 from tether_services.runtime.content_hash import hash_file, hash_model_folder
 from tether_services.runtime.model_folder import Quantization, find_model_folder, pick_device
 from tether_services.runtime.padding import PaddedBatch, padded_batches
-from tether_services.runtime.pretrained import load_pretrained
+from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 from tether_services.runtime.settings import Settings, validate
 from tether_services.runtime.text import HfCodec
 
@@ -264,6 +264,7 @@ def _attach(classifier: Any, folder: Path, *, field: str) -> None:
             stored = set(file.keys())
         if not any(name.endswith(HEAD_WEIGHT) for name in stored):
             raise InvalidArgumentError(f"{weights} has no score head ({HEAD_WEIGHT}).", field=field)
+        allow_adapters_of_embeddings()
         model = PeftModel.from_pretrained(classifier, str(folder), torch_device="cpu").requires_grad_(False).eval()
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InvalidArgumentError(f"{folder} does not fit its base: {error}", field=field) from error
