@@ -32,12 +32,14 @@ class AdapterFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class AdapterProbe(_message.Message):
-    __slots__ = ("token_ids", "logprobs")
+    __slots__ = ("token_ids", "logprobs", "base_logprobs")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    BASE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    base_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., base_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("run_id", "policy_version", "sha256", "state", "rank", "size_bytes", "create_time", "active_request_count")
@@ -60,7 +62,7 @@ class Adapter(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., sha256: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., active_request_count: _Optional[int] = ...) -> None: ...
 
 class BeginPushRequest(_message.Message):
-    __slots__ = ("request_id", "run_id", "policy_version", "base_model_sha256", "rank", "target_modules", "files", "probes", "differs_from_base")
+    __slots__ = ("request_id", "run_id", "policy_version", "base_model_sha256", "rank", "target_modules", "files", "probes", "differs_from_base", "epoch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +72,7 @@ class BeginPushRequest(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     PROBES_FIELD_NUMBER: _ClassVar[int]
     DIFFERS_FROM_BASE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     run_id: str
     policy_version: int
@@ -79,27 +82,34 @@ class BeginPushRequest(_message.Message):
     files: _containers.RepeatedCompositeFieldContainer[AdapterFile]
     probes: _containers.RepeatedCompositeFieldContainer[AdapterProbe]
     differs_from_base: bool
-    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., base_model_sha256: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., probes: _Optional[_Iterable[_Union[AdapterProbe, _Mapping]]] = ..., differs_from_base: bool = ...) -> None: ...
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., base_model_sha256: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., probes: _Optional[_Iterable[_Union[AdapterProbe, _Mapping]]] = ..., differs_from_base: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class BeginPushResponse(_message.Message):
-    __slots__ = ("upload_id", "committed_offset", "max_chunk_bytes")
+    __slots__ = ("upload_id", "committed_offset", "max_chunk_bytes", "stream")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_OFFSET_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     committed_offset: int
     max_chunk_bytes: int
-    def __init__(self, upload_id: _Optional[str] = ..., committed_offset: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    stream: int
+    def __init__(self, upload_id: _Optional[str] = ..., committed_offset: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class PushChunksRequest(_message.Message):
-    __slots__ = ("upload_id", "offset", "data")
+    __slots__ = ("upload_id", "offset", "data", "crc32", "stream")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     offset: int
     data: bytes
-    def __init__(self, upload_id: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    crc32: int
+    stream: int
+    def __init__(self, upload_id: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class PushChunksResponse(_message.Message):
     __slots__ = ("committed_offset",)
@@ -108,12 +118,14 @@ class PushChunksResponse(_message.Message):
     def __init__(self, committed_offset: _Optional[int] = ...) -> None: ...
 
 class CommitPushRequest(_message.Message):
-    __slots__ = ("request_id", "upload_id")
+    __slots__ = ("request_id", "upload_id", "epoch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     upload_id: str
-    def __init__(self, request_id: _Optional[str] = ..., upload_id: _Optional[str] = ...) -> None: ...
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., upload_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class CommitStage(_message.Message):
     __slots__ = ("name", "duration_seconds")
@@ -158,14 +170,16 @@ class ActivateAdapterResponse(_message.Message):
     def __init__(self, policy_version: _Optional[int] = ..., previous_policy_version: _Optional[int] = ...) -> None: ...
 
 class RollbackAdapterRequest(_message.Message):
-    __slots__ = ("request_id", "run_id", "expected_policy_version")
+    __slots__ = ("request_id", "run_id", "expected_policy_version", "epoch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     run_id: str
     expected_policy_version: int
-    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., expected_policy_version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., expected_policy_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RollbackAdapterResponse(_message.Message):
     __slots__ = ("policy_version",)
@@ -204,14 +218,16 @@ class GetActiveAdapterResponse(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class DeleteAdapterRequest(_message.Message):
-    __slots__ = ("request_id", "run_id", "policy_version")
+    __slots__ = ("request_id", "run_id", "policy_version", "epoch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     run_id: str
     policy_version: int
-    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., policy_version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., policy_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class DeleteAdapterResponse(_message.Message):
     __slots__ = ()

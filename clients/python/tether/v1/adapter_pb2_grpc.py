@@ -100,7 +100,9 @@ class AdapterServiceServicer(object):
     def PushChunks(self, request_iterator, context):
         """Sends the bytes of the declared files, in manifest order, as one run of bytes in chunks of at most 1 MiB.
 
-        Resumable: start a new stream at committed_offset. A chunk at any other offset fails with FAILED_PRECONDITION (WRONG_OFFSET).
+        Resumable: call BeginPush again and start a new stream at its committed_offset. A chunk at any other offset fails with
+        FAILED_PRECONDITION (WRONG_OFFSET), a damaged one with FAILED_PRECONDITION (CHUNK_DAMAGED), one of a stream that a later
+        BeginPush has replaced with ABORTED (STREAM_REPLACED); RESOURCE_EXHAUSTED (STORAGE_FULL) if the disk is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

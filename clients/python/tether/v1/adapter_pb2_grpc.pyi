@@ -242,7 +242,9 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceBeginPushType, _AdapterSe
     PushChunks: _AdapterServicePushChunksType
     """Sends the bytes of the declared files, in manifest order, as one run of bytes in chunks of at most 1 MiB.
 
-    Resumable: start a new stream at committed_offset. A chunk at any other offset fails with FAILED_PRECONDITION (WRONG_OFFSET).
+    Resumable: call BeginPush again and start a new stream at its committed_offset. A chunk at any other offset fails with
+    FAILED_PRECONDITION (WRONG_OFFSET), a damaged one with FAILED_PRECONDITION (CHUNK_DAMAGED), one of a stream that a later
+    BeginPush has replaced with ABORTED (STREAM_REPLACED); RESOURCE_EXHAUSTED (STORAGE_FULL) if the disk is full.
     """
 
     CommitPush: _AdapterServiceCommitPushType
@@ -334,7 +336,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tether.v1.adapter_pb2.PushChunksResponse, collections.abc.Awaitable[tether.v1.adapter_pb2.PushChunksResponse]]:
         """Sends the bytes of the declared files, in manifest order, as one run of bytes in chunks of at most 1 MiB.
 
-        Resumable: start a new stream at committed_offset. A chunk at any other offset fails with FAILED_PRECONDITION (WRONG_OFFSET).
+        Resumable: call BeginPush again and start a new stream at its committed_offset. A chunk at any other offset fails with
+        FAILED_PRECONDITION (WRONG_OFFSET), a damaged one with FAILED_PRECONDITION (CHUNK_DAMAGED), one of a stream that a later
+        BeginPush has replaced with ABORTED (STREAM_REPLACED); RESOURCE_EXHAUSTED (STORAGE_FULL) if the disk is full.
         """
 
     @abc.abstractmethod

@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctether/v1/orchestrator.proto\x12\ttether.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.tether.v1.RunState\x12\x1c\n\x14\x63ommitted_step_count\x18\x03 \x01(\x05\x12\x18\n\x10total_step_count\x18\x04 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x03\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tdirectory\x18\t \x01(\t\"6\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_toml\x18\x02 \x01(\t\"/\n\x10StartRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"-\n\x0eGetRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.tether.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"0\n\x11\x43\x61ncelRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"\"\n\x10ResumeRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"0\n\x11ResumeRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"5\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfirst_step\x18\x02 \x01(\x05\")\n\nStepMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8a\x01\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12&\n\x07metrics\x18\x03 \x03(\x0b\x32\x15.tether.v1.StepMetric\x12/\n\x0b\x63ommit_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"`\n\x10WatchRunResponse\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x14.tether.v1.StepEventH\x00\x12\x1d\n\x03run\x18\x02 \x01(\x0b\x32\x0e.tether.v1.RunH\x00\x42\x07\n\x05\x65vent*\x9b\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_PENDING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05\x32\xb5\x03\n\x13OrchestratorService\x12\x43\n\x08StartRun\x12\x1a.tether.v1.StartRunRequest\x1a\x1b.tether.v1.StartRunResponse\x12=\n\x06GetRun\x12\x18.tether.v1.GetRunRequest\x1a\x19.tether.v1.GetRunResponse\x12\x43\n\x08ListRuns\x12\x1a.tether.v1.ListRunsRequest\x1a\x1b.tether.v1.ListRunsResponse\x12\x46\n\tCancelRun\x12\x1b.tether.v1.CancelRunRequest\x1a\x1c.tether.v1.CancelRunResponse\x12\x46\n\tResumeRun\x12\x1b.tether.v1.ResumeRunRequest\x1a\x1c.tether.v1.ResumeRunResponse\x12\x45\n\x08WatchRun\x12\x1a.tether.v1.WatchRunRequest\x1a\x1b.tether.v1.WatchRunResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctether/v1/orchestrator.proto\x12\ttether.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.tether.v1.RunState\x12\x1c\n\x14\x63ommitted_step_count\x18\x03 \x01(\x05\x12\x18\n\x10total_step_count\x18\x04 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x03\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tdirectory\x18\t \x01(\t\"6\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_toml\x18\x02 \x01(\t\"/\n\x10StartRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"-\n\x0eGetRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.tether.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"0\n\x11\x43\x61ncelRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"6\n\x10ResumeRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"0\n\x11ResumeRunResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.tether.v1.Run\"5\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfirst_step\x18\x02 \x01(\x05\")\n\nStepMetric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8a\x01\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12&\n\x07metrics\x18\x03 \x03(\x0b\x32\x15.tether.v1.StepMetric\x12/\n\x0b\x63ommit_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"`\n\x10WatchRunResponse\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x14.tether.v1.StepEventH\x00\x12\x1d\n\x03run\x18\x02 \x01(\x0b\x32\x0e.tether.v1.RunH\x00\x42\x07\n\x05\x65vent\"I\n\x10ListStepsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nfirst_step\x18\x02 \x01(\x05\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"\xa8\x01\n\x0cSampleCounts\x12\r\n\x05\x61sked\x18\x01 \x01(\x05\x12\x11\n\tgenerated\x18\x02 \x01(\x05\x12\x0f\n\x07trained\x18\x03 \x01(\x05\x12\x35\n\x07\x64ropped\x18\x04 \x03(\x0b\x32$.tether.v1.SampleCounts.DroppedEntry\x1a.\n\x0c\x44roppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xe2\x01\n\tStepState\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12\x16\n\x0e\x61\x64\x61pter_sha256\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12(\n\x07samples\x18\x05 \x01(\x0b\x32\x17.tether.v1.SampleCounts\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\x12\x19\n\x11\x63heckpoint_sha256\x18\x07 \x01(\t\x12/\n\x0b\x63ommit_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"^\n\x11ListStepsResponse\x12#\n\x05steps\x18\x01 \x03(\x0b\x32\x14.tether.v1.StepState\x12\x16\n\tnext_step\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_next_step*\x9b\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_PENDING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05\x32\xfd\x03\n\x13OrchestratorService\x12\x43\n\x08StartRun\x12\x1a.tether.v1.StartRunRequest\x1a\x1b.tether.v1.StartRunResponse\x12=\n\x06GetRun\x12\x18.tether.v1.GetRunRequest\x1a\x19.tether.v1.GetRunResponse\x12\x43\n\x08ListRuns\x12\x1a.tether.v1.ListRunsRequest\x1a\x1b.tether.v1.ListRunsResponse\x12\x46\n\tCancelRun\x12\x1b.tether.v1.CancelRunRequest\x1a\x1c.tether.v1.CancelRunResponse\x12\x46\n\tResumeRun\x12\x1b.tether.v1.ResumeRunRequest\x1a\x1c.tether.v1.ResumeRunResponse\x12\x45\n\x08WatchRun\x12\x1a.tether.v1.WatchRunRequest\x1a\x1b.tether.v1.WatchRunResponse0\x01\x12\x46\n\tListSteps\x12\x1b.tether.v1.ListStepsRequest\x1a\x1c.tether.v1.ListStepsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tether.v1.orchestrator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNSTATE']._serialized_start=1173
-  _globals['_RUNSTATE']._serialized_end=1328
+  _globals['_SAMPLECOUNTS_DROPPEDENTRY']._loaded_options = None
+  _globals['_SAMPLECOUNTS_DROPPEDENTRY']._serialized_options = b'8\001'
+  _globals['_RUNSTATE']._serialized_start=1784
+  _globals['_RUNSTATE']._serialized_end=1939
   _globals['_RUN']._serialized_start=77
   _globals['_RUN']._serialized_end=343
   _globals['_STARTRUNREQUEST']._serialized_start=345
@@ -49,21 +51,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRUNSRESPONSE']._serialized_start=588
   _globals['_LISTRUNSRESPONSE']._serialized_end=661
   _globals['_CANCELRUNREQUEST']._serialized_start=663
-  _globals['_CANCELRUNREQUEST']._serialized_end=697
-  _globals['_CANCELRUNRESPONSE']._serialized_start=699
-  _globals['_CANCELRUNRESPONSE']._serialized_end=747
-  _globals['_RESUMERUNREQUEST']._serialized_start=749
-  _globals['_RESUMERUNREQUEST']._serialized_end=783
-  _globals['_RESUMERUNRESPONSE']._serialized_start=785
-  _globals['_RESUMERUNRESPONSE']._serialized_end=833
-  _globals['_WATCHRUNREQUEST']._serialized_start=835
-  _globals['_WATCHRUNREQUEST']._serialized_end=888
-  _globals['_STEPMETRIC']._serialized_start=890
-  _globals['_STEPMETRIC']._serialized_end=931
-  _globals['_STEPEVENT']._serialized_start=934
-  _globals['_STEPEVENT']._serialized_end=1072
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1074
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1170
-  _globals['_ORCHESTRATORSERVICE']._serialized_start=1331
-  _globals['_ORCHESTRATORSERVICE']._serialized_end=1768
+  _globals['_CANCELRUNREQUEST']._serialized_end=717
+  _globals['_CANCELRUNRESPONSE']._serialized_start=719
+  _globals['_CANCELRUNRESPONSE']._serialized_end=767
+  _globals['_RESUMERUNREQUEST']._serialized_start=769
+  _globals['_RESUMERUNREQUEST']._serialized_end=823
+  _globals['_RESUMERUNRESPONSE']._serialized_start=825
+  _globals['_RESUMERUNRESPONSE']._serialized_end=873
+  _globals['_WATCHRUNREQUEST']._serialized_start=875
+  _globals['_WATCHRUNREQUEST']._serialized_end=928
+  _globals['_STEPMETRIC']._serialized_start=930
+  _globals['_STEPMETRIC']._serialized_end=971
+  _globals['_STEPEVENT']._serialized_start=974
+  _globals['_STEPEVENT']._serialized_end=1112
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1114
+  _globals['_WATCHRUNRESPONSE']._serialized_end=1210
+  _globals['_LISTSTEPSREQUEST']._serialized_start=1212
+  _globals['_LISTSTEPSREQUEST']._serialized_end=1285
+  _globals['_SAMPLECOUNTS']._serialized_start=1288
+  _globals['_SAMPLECOUNTS']._serialized_end=1456
+  _globals['_SAMPLECOUNTS_DROPPEDENTRY']._serialized_start=1410
+  _globals['_SAMPLECOUNTS_DROPPEDENTRY']._serialized_end=1456
+  _globals['_STEPSTATE']._serialized_start=1459
+  _globals['_STEPSTATE']._serialized_end=1685
+  _globals['_LISTSTEPSRESPONSE']._serialized_start=1687
+  _globals['_LISTSTEPSRESPONSE']._serialized_end=1781
+  _globals['_ORCHESTRATORSERVICE']._serialized_start=1942
+  _globals['_ORCHESTRATORSERVICE']._serialized_end=2451
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,11 @@ class OrchestratorServiceStub(object):
                 request_serializer=tether_dot_v1_dot_orchestrator__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=tether_dot_v1_dot_orchestrator__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.ListSteps = channel.unary_unary(
+                '/tether.v1.OrchestratorService/ListSteps',
+                request_serializer=tether_dot_v1_dot_orchestrator__pb2.ListStepsRequest.SerializeToString,
+                response_deserializer=tether_dot_v1_dot_orchestrator__pb2.ListStepsResponse.FromString,
+                _registered_method=True)
 
 
 class OrchestratorServiceServicer(object):
@@ -117,6 +122,13 @@ class OrchestratorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSteps(self, request, context):
+        """Lists the committed steps of a run from a step number on, as the ledger has them. Idempotent. NOT_FOUND if there is no such run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrchestratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -149,6 +161,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=tether_dot_v1_dot_orchestrator__pb2.WatchRunRequest.FromString,
                     response_serializer=tether_dot_v1_dot_orchestrator__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'ListSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSteps,
+                    request_deserializer=tether_dot_v1_dot_orchestrator__pb2.ListStepsRequest.FromString,
+                    response_serializer=tether_dot_v1_dot_orchestrator__pb2.ListStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -314,6 +331,33 @@ class OrchestratorService(object):
             '/tether.v1.OrchestratorService/WatchRun',
             tether_dot_v1_dot_orchestrator__pb2.WatchRunRequest.SerializeToString,
             tether_dot_v1_dot_orchestrator__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tether.v1.OrchestratorService/ListSteps',
+            tether_dot_v1_dot_orchestrator__pb2.ListStepsRequest.SerializeToString,
+            tether_dot_v1_dot_orchestrator__pb2.ListStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

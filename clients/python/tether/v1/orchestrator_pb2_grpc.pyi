@@ -121,7 +121,23 @@ _OrchestratorServiceWatchRunType = typing_extensions.TypeVar(
     ],
 )
 
-class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceWatchRunType]):
+_OrchestratorServiceListStepsType = typing_extensions.TypeVar(
+    '_OrchestratorServiceListStepsType',
+    grpc.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.ListStepsRequest,
+        tether.v1.orchestrator_pb2.ListStepsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.ListStepsRequest,
+        tether.v1.orchestrator_pb2.ListStepsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.ListStepsRequest,
+        tether.v1.orchestrator_pb2.ListStepsResponse,
+    ],
+)
+
+class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceWatchRunType, _OrchestratorServiceListStepsType]):
     """Starts, watches and stops training runs."""
 
     @typing.overload
@@ -149,6 +165,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
         grpc.UnaryStreamMultiCallable[
             tether.v1.orchestrator_pb2.WatchRunRequest,
             tether.v1.orchestrator_pb2.WatchRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            tether.v1.orchestrator_pb2.ListStepsRequest,
+            tether.v1.orchestrator_pb2.ListStepsResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -178,6 +198,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
             tether.v1.orchestrator_pb2.WatchRunRequest,
             tether.v1.orchestrator_pb2.WatchRunResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            tether.v1.orchestrator_pb2.ListStepsRequest,
+            tether.v1.orchestrator_pb2.ListStepsResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     StartRun: _OrchestratorServiceStartRunType
@@ -203,6 +227,9 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
     WatchRun: _OrchestratorServiceWatchRunType
     """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step."""
 
+    ListSteps: _OrchestratorServiceListStepsType
+    """Lists the committed steps of a run from a step number on, as the ledger has them. Idempotent. NOT_FOUND if there is no such run."""
+
 OrchestratorServiceAsyncStub: typing_extensions.TypeAlias = OrchestratorServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         tether.v1.orchestrator_pb2.StartRunRequest,
@@ -227,6 +254,10 @@ OrchestratorServiceAsyncStub: typing_extensions.TypeAlias = OrchestratorServiceS
     grpc.aio.UnaryStreamMultiCallable[
         tether.v1.orchestrator_pb2.WatchRunRequest,
         tether.v1.orchestrator_pb2.WatchRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.ListStepsRequest,
+        tether.v1.orchestrator_pb2.ListStepsResponse,
     ],
 ]
 
@@ -285,5 +316,13 @@ class OrchestratorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[tether.v1.orchestrator_pb2.WatchRunResponse], collections.abc.AsyncIterator[tether.v1.orchestrator_pb2.WatchRunResponse]]:
         """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step."""
+
+    @abc.abstractmethod
+    def ListSteps(
+        self,
+        request: tether.v1.orchestrator_pb2.ListStepsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tether.v1.orchestrator_pb2.ListStepsResponse, collections.abc.Awaitable[tether.v1.orchestrator_pb2.ListStepsResponse]]:
+        """Lists the committed steps of a run from a step number on, as the ledger has them. Idempotent. NOT_FOUND if there is no such run."""
 
 def add_OrchestratorServiceServicer_to_server(servicer: OrchestratorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
