@@ -6,9 +6,10 @@ ENGINE ?= transformers
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+RELIABILITY_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo bench check format protos up clean
+.PHONY: help install test reliability demo bench check format protos up clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +28,9 @@ up: install ## the four services on this machine, until Ctrl-C
 
 test: install ## all tests, real vLLM included where it is installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+reliability: install ## kills, full disks, lost answers and flipped bits against real services, in minutes
+	$(BIN)/python -m tests.reliability $(RELIABILITY_FLAGS)
 
 bench: install ## the benchmark tables, about an hour on two cores
 	$(BIN)/python benchmarks/demo_seeds.py

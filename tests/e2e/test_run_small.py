@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tether_services.orchestrator.service import OrchestratorService
 from tether_services.orchestrator.step_metrics import OPTIONAL_METRICS, STEP_METRICS
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
+from tether_services.runtime.fault_points import PLAN_VARIABLE
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +63,19 @@ class World:
         content: dict[str, Any] = json.loads((self.state_dir / run_id / "report.json").read_text())
         return content
 
+    def weights(self, run_id: str, version: int) -> bytes:
+        """Return the weights of an adapter that a run has made."""
+        return (self.state_dir / run_id / "adapters" / f"{version:06d}" / "adapter_model.safetensors").read_bytes()
+
+    def samples(self, run_id: str) -> list[tuple[int, int, str, int, str, int]]:
+        """Return the samples that a run was trained on; the file refuses to have one of them twice."""
+        query = (
+            "SELECT step, sample, prompt_sha256, policy_version, adapter_sha256, tokens FROM samples"
+            " WHERE run_id = ? AND state = 'trained' ORDER BY step, sample"
+        )
+        with sqlite3.connect(self.state_dir / "ledger.sqlite") as connection:
+            return connection.execute(query, (run_id,)).fetchall()
+
     def log(self, run_id: str) -> str:
         return (self.state_dir / run_id / "worker.log").read_text()
 
@@ -74,10 +89,16 @@ class World:
 
 @asynccontextmanager
 async def world(
-    model: Path, state_dir: Path, *, reward_address: str = "", one_by_one: bool = False, quantization: str = "none"
+    model: Path,
+    state_dir: Path,
+    *,
+    reward_address: str = "",
+    one_by_one: bool = False,
+    quantization: str = "none",
+    auto_resume: str = "after_crash",
 ) -> AsyncIterator[World]:
     async with run_services(model, state_dir, one_by_one=one_by_one, quantization=quantization) as services:
-        changes = {"reward_address": reward_address} if reward_address else {}
+        changes = {"auto_resume": auto_resume} | ({"reward_address": reward_address} if reward_address else {})
         settings = services.settings.model_copy(update=changes)
         async with (
             serving(settings, lambda registry: OrchestratorService(settings, registry)) as served,
@@ -124,14 +145,31 @@ def test_a_run_from_start_to_report(tmp_path: Path) -> None:
     run(scenario(), timeout_seconds=SECONDS)
 
 
+FIGURES = ("score_mean", "policy_loss", "value_loss", "kl_per_sequence")
+
+
+async def run_whole(w: World, text: str) -> list[StepEvent]:
+    """Return the steps of a run that nothing disturbs."""
+    await w.client.start_run("whole", text)
+    whole, end = await w.watch("whole")
+    assert end.state == "succeeded", end.error
+    return whole
+
+
+def assert_same(w: World, whole: list[StepEvent], parts: list[StepEvent]) -> None:
+    """Compare figures, samples and final weights of the two runs, bit for bit."""
+    for figure in FIGURES:
+        assert [s.metrics[figure] for s in parts] == [s.metrics[figure] for s in whole]
+    assert w.weights("parts", len(whole)) == w.weights("whole", len(whole))
+    assert w.samples("parts") == w.samples("whole")
+
+
 def test_a_killed_worker_is_reported_and_the_resumed_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=12)
 
     async def scenario() -> None:
-        async with world(model, tmp_path / "runs", one_by_one=True) as w:
-            await w.client.start_run("whole", text)
-            whole, end = await w.watch("whole")
-            assert end.state == "succeeded", end.error
+        async with world(model, tmp_path / "runs", one_by_one=True, auto_resume="off") as w:
+            whole = await run_whole(w, text)
             await w.client.start_run("parts", text)
             await w.first_step("parts")
             w.worker().kill()
@@ -143,8 +181,42 @@ def test_a_killed_worker_is_reported_and_the_resumed_run_ends_as_if_nothing_had_
             parts, end = await w.watch("parts")
             assert end.state == "succeeded", end.error
             assert w.report("parts")["attempts"] == 2
-            for figure in ("score_mean", "policy_loss", "value_loss", "kl_per_sequence"):
-                assert [s.metrics[figure] for s in parts] == [s.metrics[figure] for s in whole]
+            assert_same(w, whole, parts)
+
+    run(scenario(), timeout_seconds=SECONDS)
+
+
+FAULTS = (
+    "rollout.recorded@2=kill",
+    "checkpoint.staged@2=kill",
+    "checkpoint.renamed@2=kill",
+    "commit.open@2=kill",
+    "commit.done@2=kill",
+    "push.recorded@2=kill",
+    "retention.half@2=kill",
+)
+"""Of the attempts in turn. Each commits one step at least, so that the run comes to its end."""
+
+
+def test_a_run_whose_workers_are_killed_at_every_side_of_a_commit_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny_run(tmp_path, "evaluation = false", steps=14)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"worker": {}}))
+    monkeypatch.setenv(PLAN_VARIABLE, str(plan))
+
+    async def scenario() -> None:
+        async with world(model, tmp_path / "runs", one_by_one=True) as w:
+            whole = await run_whole(w, text)
+            plan.write_text(json.dumps({"worker": {str(n): fault for n, fault in enumerate(FAULTS, start=1)}}))
+            await w.client.start_run("parts", text)
+            parts, end = await w.watch("parts")
+            assert end.state == "succeeded", end.error
+            assert w.report("parts")["attempts"] == len(FAULTS) + 1
+            assert_same(w, whole, parts)
+            left = [path.name for path in (tmp_path / "runs" / "parts" / "checkpoints").iterdir()]
+            assert len(left) == 2 and not any(name.startswith(".") for name in left), left
 
     run(scenario(), timeout_seconds=SECONDS)
 
@@ -211,6 +283,46 @@ def test_a_worker_dies_with_a_killed_orchestrator(tmp_path: Path) -> None:
     finally:
         service.kill()
         service.wait()
+
+
+@contextmanager
+def orchestrator(
+    settings: OrchestratorSettings, folder: Path, number: int
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Yield the log and the process of an orchestrator of its own."""
+    values = {k: v for k, v in settings.model_dump(mode="json", exclude_unset=True).items() if v is not None}
+    config, log = folder / f"orchestrator-{number}.toml", folder / f"log-{number}"
+    config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    command = [sys.executable, "-m", "tether_services.orchestrator", "--config", str(config)]
+    with log.open("wb") as output, subprocess.Popen(command, stderr=output, cwd=ROOT) as process:
+        try:
+            yield log, process
+        finally:
+            process.kill()
+
+
+def test_a_run_goes_on_by_itself_after_its_orchestrator_was_killed_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    model, text = tiny_run(tmp_path, "evaluation = false", steps=8)
+
+    async def scenario() -> None:
+        async with run_services(model, tmp_path / "runs", one_by_one=True) as services:
+            with orchestrator(services.settings, tmp_path, 1) as (log, process):
+                async with OrchestratorClient(await _address_in(log)) as client:
+                    w = World(services, client, tmp_path / "runs")
+                    whole = await run_whole(w, text)
+                    await client.start_run("parts", text)
+                    await w.first_step("parts")
+                process.kill()
+                process.wait()
+            with orchestrator(services.settings, tmp_path, 2) as (log, process):
+                async with OrchestratorClient(await _address_in(log)) as client:
+                    w = World(services, client, tmp_path / "runs")
+                    parts, end = await w.watch("parts")
+                    assert end.state == "succeeded", end.error
+                    assert {step.epoch for step in await client.list_steps("parts")} == {1, 2}
+                    assert_same(w, whole, parts)
+
+    run(scenario(), timeout_seconds=SECONDS)
 
 
 async def _address_in(log: Path) -> str:

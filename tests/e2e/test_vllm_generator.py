@@ -236,7 +236,9 @@ def test_request_that_runs_while_its_version_is_retired_finishes(
             await asyncio.sleep(0.005)
         await checks.push_real(serving, oracle, "two", folders["two"], 2, run_id="retire")
         await activate(serving.adapters, "retire", 2)
-        request = adapter_pb2.DeleteAdapterRequest(request_id=str(uuid.uuid4()), run_id="retire", policy_version=1)
+        request = adapter_pb2.DeleteAdapterRequest(
+            request_id=str(uuid.uuid4()), run_id="retire", policy_version=1, epoch=1
+        )
         await serving.adapters.DeleteAdapter(request, timeout=10)
         assert (await list_adapters(serving.adapters))[("retire", 1)] == "RETIRING"
         response = await running_call

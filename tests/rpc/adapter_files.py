@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,17 +155,31 @@ def begin_request(adapter: AdapterBytes, run_id: str, version: int, **changes: A
         "files": files,
         "probes": [fake_probe(version)],
         "differs_from_base": True,
+        "epoch": 1,
     }
     return adapter_pb2.BeginPushRequest(**(fields | changes))
 
 
+def chunk(
+    begun: adapter_pb2.BeginPushResponse, data: bytes, *, offset: int = 0, **changes: Any
+) -> adapter_pb2.PushChunksRequest:
+    """One correct chunk of the stream that an announcement has opened, with changes."""
+    fields: dict[str, Any] = {
+        "upload_id": begun.upload_id,
+        "stream": begun.stream,
+        "offset": offset,
+        "data": data,
+        "crc32": zlib.crc32(data),
+    }
+    return adapter_pb2.PushChunksRequest(**(fields | changes))
+
+
 async def chunks(
-    upload_id: str, data: bytes, *, offset: int = 0, size: int = 1024 * 1024
+    begun: adapter_pb2.BeginPushResponse, data: bytes, *, offset: int = 0, size: int = 1024 * 1024
 ) -> AsyncIterator[adapter_pb2.PushChunksRequest]:
     """The bytes from an offset on, in chunks."""
     for start in range(offset, len(data), size):
-        piece = data[start : min(start + size, len(data))]
-        yield adapter_pb2.PushChunksRequest(upload_id=upload_id, offset=start, data=piece)
+        yield chunk(begun, data[start : start + size], offset=start)
 
 
 async def upload(
@@ -173,7 +188,7 @@ async def upload(
     """Announce and send, and return the upload's name."""
     begun = await stub.BeginPush(request, timeout=30)
     if begun.committed_offset < len(data):
-        await stub.PushChunks(chunks(begun.upload_id, data, offset=begun.committed_offset), timeout=30)
+        await stub.PushChunks(chunks(begun, data, offset=begun.committed_offset), timeout=30)
     return begun.upload_id
 
 
@@ -181,13 +196,42 @@ async def push(
     stub: adapter_pb2_grpc.AdapterServiceAsyncStub, request: adapter_pb2.BeginPushRequest, adapter: AdapterBytes
 ) -> adapter_pb2.CommitPushResponse:
     """Announce, send and commit."""
-    return await commit(stub, await upload(stub, request, adapter.data))
+    return await commit(stub, await upload(stub, request, adapter.data), epoch=request.epoch)
 
 
-async def commit(stub: adapter_pb2_grpc.AdapterServiceAsyncStub, upload_id: str) -> adapter_pb2.CommitPushResponse:
+async def commit(
+    stub: adapter_pb2_grpc.AdapterServiceAsyncStub, upload_id: str, *, epoch: int = 1
+) -> adapter_pb2.CommitPushResponse:
     """Commit an upload."""
-    request = adapter_pb2.CommitPushRequest(request_id=str(uuid.uuid4()), upload_id=upload_id)
-    return await stub.CommitPush(request, timeout=60)
+    return await stub.CommitPush(commit_request(upload_id, epoch=epoch), timeout=60)
+
+
+def commit_request(upload_id: str, **changes: Any) -> adapter_pb2.CommitPushRequest:
+    """A correct commit with an id of its own, with changes."""
+    fields: dict[str, Any] = {"request_id": str(uuid.uuid4()), "upload_id": upload_id, "epoch": 1}
+    return adapter_pb2.CommitPushRequest(**(fields | changes))
+
+
+def delete_request(run_id: str, version: int, /, **changes: Any) -> adapter_pb2.DeleteAdapterRequest:
+    """A correct deletion with an id of its own, with changes."""
+    fields: dict[str, Any] = {
+        "request_id": str(uuid.uuid4()),
+        "run_id": run_id,
+        "policy_version": version,
+        "epoch": 1,
+    }
+    return adapter_pb2.DeleteAdapterRequest(**(fields | changes))
+
+
+def rollback_request(run_id: str, version: int, /, **changes: Any) -> adapter_pb2.RollbackAdapterRequest:
+    """A correct rollback from a version with an id of its own, with changes."""
+    fields: dict[str, Any] = {
+        "request_id": str(uuid.uuid4()),
+        "run_id": run_id,
+        "expected_policy_version": version,
+        "epoch": 1,
+    }
+    return adapter_pb2.RollbackAdapterRequest(**(fields | changes))
 
 
 async def activate(

@@ -17,6 +17,7 @@ from tests.rpc.serving import LOCAL, Served, serving
 from tether.v1 import adapter_pb2_grpc, generator_pb2, generator_pb2_grpc
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.service import GeneratorService
+from tether_services.generator.verification import MANIFEST_NAME
 
 PACKAGED_POLICY = Path(__file__).parents[2] / "services/tether_services/demo/models/policy"
 STORIES = Path(__file__).parents[3] / "shared/models/stories260k"
@@ -42,9 +43,10 @@ class Serving:
         return await self.generator.Generate(generate_request(prompt, **fields), timeout=60)
 
     def stored_files(self) -> list[Path]:
-        """Every file in the adapter folder but the lock."""
+        """Every file of an upload or a stored adapter, manifests aside."""
         folder = self.service.storage.folder
-        return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+        files = (path for path in folder.glob("*/*/**/*") if path.is_file())
+        return sorted(path for path in files if path.name != MANIFEST_NAME)
 
 
 def settings(**changes: Any) -> GeneratorSettings:

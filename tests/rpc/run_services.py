@@ -66,10 +66,10 @@ async def run_services(
         model: The policy.
         state_dir: Of the orchestrator.
         reference: Another model for the reference service.
-        one_by_one: Nothing shares a batch, so that no number depends on what arrives at the same time.
+        one_by_one: No call shares a batch with another, so that no number depends on what arrives at the same time.
         quantization: Of generator and reference.
     """
-    alone: dict[str, Any] = {"batch": {"max_items": 1}} if one_by_one else {}
+    alone: dict[str, Any] = {"batch": {"mix_calls": False}} if one_by_one else {}
     alone |= {"quantization": quantization}
     generating = generator_settings(model, **alone)
     rewarding = RewardSettings.model_validate({**LOCAL, "engine": "fake"})

@@ -13,13 +13,17 @@ import pytest
 from tests.rpc.adapter_files import (
     activate,
     begin_request,
+    chunk,
     chunks,
     commit,
+    commit_request,
+    delete_request,
     fake_adapter,
     fake_probe,
     list_adapters,
     push,
     push_fakes,
+    rollback_request,
     upload,
 )
 from tests.rpc.generator_serving import Serving, generate_request, refusal, serve_generator, settings
@@ -53,19 +57,6 @@ async def active(serving: Serving) -> tuple[str, int]:
 async def loaded(serving: Serving) -> list[int]:
     response = await serving.generator.GetGenerator(generator_pb2.GetGeneratorRequest(), timeout=5)
     return list(response.loaded_policy_versions)
-
-
-def delete_request(run_id: str, version: int) -> adapter_pb2.DeleteAdapterRequest:
-    return adapter_pb2.DeleteAdapterRequest(request_id=str(uuid.uuid4()), run_id=run_id, policy_version=version)
-
-
-def rollback_request(run_id: str, version: int, **changes: Any) -> adapter_pb2.RollbackAdapterRequest:
-    fields: dict[str, Any] = {
-        "request_id": str(uuid.uuid4()),
-        "run_id": run_id,
-        "expected_policy_version": version,
-    }
-    return adapter_pb2.RollbackAdapterRequest(**(fields | changes))
 
 
 def test_pushed_adapter_is_proven_stored_and_not_yet_active() -> None:
@@ -368,7 +359,7 @@ def test_repeated_begin_returns_the_same_upload_and_its_offset() -> None:
             request = begin_request(adapter, "run-a", 1)
             first = await serving.adapters.BeginPush(request, timeout=5)
             assert (first.committed_offset, first.max_chunk_bytes) == (0, 1024 * 1024)
-            await serving.adapters.PushChunks(chunks(first.upload_id, adapter.data[:100]), timeout=5)
+            await serving.adapters.PushChunks(chunks(first, adapter.data[:100]), timeout=5)
             second = await serving.adapters.BeginPush(request, timeout=5)
             assert (second.upload_id, second.committed_offset) == (first.upload_id, 100)
             other = begin_request(adapter, "run-a", 1)
@@ -386,9 +377,9 @@ def test_upload_resumes_in_small_chunks_across_the_file_boundary() -> None:
             adapter = fake_adapter(1)
             begun = await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
             half = len(adapter.data) // 2
-            sent = await serving.adapters.PushChunks(chunks(begun.upload_id, adapter.data[:half], size=97), timeout=5)
+            sent = await serving.adapters.PushChunks(chunks(begun, adapter.data[:half], size=97), timeout=5)
             assert sent.committed_offset == half
-            rest = chunks(begun.upload_id, adapter.data, offset=half, size=131)
+            rest = chunks(begun, adapter.data, offset=half, size=131)
             assert (await serving.adapters.PushChunks(rest, timeout=5)).committed_offset == len(adapter.data)
             assert (await commit(serving.adapters, begun.upload_id)).adapter.sha256 == adapter.sha256
 
@@ -400,15 +391,13 @@ def test_chunk_at_another_offset_or_beyond_the_end_is_refused_and_the_upload_sur
         async with serve_generator() as serving:
             adapter = fake_adapter(1)
             begun = await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
-            ahead = await refusal(
-                serving.adapters.PushChunks(chunks(begun.upload_id, adapter.data, offset=10), timeout=5)
-            )
+            ahead = await refusal(serving.adapters.PushChunks(chunks(begun, adapter.data, offset=10), timeout=5))
             assert (ahead.code, ahead.reason) == (FAILED, "WRONG_OFFSET")
-            longer = await refusal(serving.adapters.PushChunks(chunks(begun.upload_id, adapter.data + b"x"), timeout=5))
+            longer = await refusal(serving.adapters.PushChunks(chunks(begun, adapter.data + b"x"), timeout=5))
             assert (longer.code, longer.fields) == (INVALID, ("data",))
             early = await refusal(commit(serving.adapters, begun.upload_id))
             assert (early.code, early.reason) == (FAILED, "UPLOAD_INCOMPLETE")
-            await serving.adapters.PushChunks(chunks(begun.upload_id, adapter.data), timeout=5)
+            await serving.adapters.PushChunks(chunks(begun, adapter.data), timeout=5)
             assert (await commit(serving.adapters, begun.upload_id)).adapter.policy_version == 1
 
     run(scenario())
@@ -422,13 +411,11 @@ def test_stream_whose_upload_was_replaced_is_told_so_when_it_ends() -> None:
             replaced = asyncio.Event()
 
             async def stream() -> Any:
-                yield adapter_pb2.PushChunksRequest(upload_id=begun.upload_id, data=adapter.data[:10])
+                yield chunk(begun, adapter.data[:10])
                 await replaced.wait()
 
             pushing = asyncio.create_task(refusal(serving.adapters.PushChunks(stream(), timeout=10)))
-            while (
-                await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
-            ).committed_offset < 10:
+            while not any(path.stat().st_size for path in serving.stored_files()):
                 await asyncio.sleep(0.01)
             await serving.adapters.BeginPush(begin_request(fake_adapter(2), "run-a", 1), timeout=5)
             replaced.set()
@@ -442,24 +429,22 @@ def test_malformed_streams_name_the_field() -> None:
     async def scenario() -> None:
         async with serve_generator() as serving:
             begun = await serving.adapters.BeginPush(begin_request(fake_adapter(1), "run-a", 1), timeout=5)
-            upload_id = begun.upload_id
 
             async def stream(*requests: adapter_pb2.PushChunksRequest) -> Any:
                 for request in requests:
                     yield request
 
-            chunk = adapter_pb2.PushChunksRequest
             empty = await refusal(serving.adapters.PushChunks(stream(), timeout=5))
-            no_data = await refusal(serving.adapters.PushChunks(stream(chunk(upload_id=upload_id)), timeout=5))
+            no_data = await refusal(serving.adapters.PushChunks(stream(chunk(begun, b"")), timeout=5))
             unknown = await refusal(
-                serving.adapters.PushChunks(stream(chunk(upload_id="../../x", data=b"x")), timeout=5)
+                serving.adapters.PushChunks(stream(chunk(begun, b"x", upload_id="../../x")), timeout=5)
             )
             mixed = await refusal(
                 serving.adapters.PushChunks(
-                    stream(chunk(upload_id=upload_id, data=b"x"), chunk(upload_id="y", offset=1, data=b"x")), timeout=5
+                    stream(chunk(begun, b"x"), chunk(begun, b"x", upload_id="y", offset=1)), timeout=5
                 )
             )
-            big = chunk(upload_id=upload_id, offset=1, data=b"x" * (1024 * 1024 + 1))
+            big = chunk(begun, b"x" * (1024 * 1024 + 1), offset=1)
             oversize = await refusal(serving.adapters.PushChunks(stream(big), timeout=5))
             assert [(r.code, r.fields) for r in (empty, no_data, unknown, mixed, oversize)] == [
                 (INVALID, ("upload_id",)),
@@ -504,9 +489,9 @@ def test_newer_upload_of_a_version_replaces_an_unfinished_one() -> None:
     async def scenario() -> None:
         async with serve_generator() as serving:
             old, new = fake_adapter(1), fake_adapter(2)
-            old_id = (await serving.adapters.BeginPush(begin_request(old, "run-a", 1), timeout=5)).upload_id
+            begun = await serving.adapters.BeginPush(begin_request(old, "run-a", 1), timeout=5)
             await push(serving.adapters, begin_request(new, "run-a", 1), new)
-            late = await refusal(serving.adapters.PushChunks(chunks(old_id, old.data), timeout=5))
+            late = await refusal(serving.adapters.PushChunks(chunks(begun, old.data), timeout=5))
             assert late.code == NOT_FOUND
             assert len(serving.stored_files()) == 2
 
@@ -519,7 +504,7 @@ def test_abandoned_upload_expires_and_leaves_nothing() -> None:
             adapter = fake_adapter(1)
             begun = await serving.adapters.BeginPush(begin_request(adapter, "run-a", 1), timeout=5)
             await asyncio.sleep(0.1)
-            late = await refusal(serving.adapters.PushChunks(chunks(begun.upload_id, adapter.data), timeout=5))
+            late = await refusal(serving.adapters.PushChunks(chunks(begun, adapter.data), timeout=5))
             assert late.code == NOT_FOUND
             assert serving.stored_files() == []
 
@@ -543,8 +528,7 @@ def test_commit_goes_on_when_its_caller_leaves() -> None:
         async with serve_generator() as serving:
             adapter = fake_adapter(1)
             upload_id = await upload(serving.adapters, begin_request(adapter, "run-a", 1), adapter.data)
-            request = adapter_pb2.CommitPushRequest(request_id=str(uuid.uuid4()), upload_id=upload_id)
-            call = serving.adapters.CommitPush(request, timeout=30)
+            call = serving.adapters.CommitPush(commit_request(upload_id), timeout=30)
             await asyncio.sleep(0)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -554,22 +538,13 @@ def test_commit_goes_on_when_its_caller_leaves() -> None:
     run(scenario())
 
 
-def test_temporary_store_is_removed_at_exit_and_a_given_one_is_cleared_at_start(tmp_path: Any) -> None:
+def test_temporary_store_is_removed_at_exit() -> None:
     async def scenario() -> None:
         async with serve_generator() as serving:
             temporary = serving.service.storage.folder
             await push_fakes(serving.adapters, "run-a", [1])
-        assert not temporary.exists()
-        given = settings(adapters={"folder": tmp_path / "store"})
-        async with serve_generator(given) as serving:
-            await push_fakes(serving.adapters, "run-a", [1])
             await activate(serving.adapters, "run-a", 1)
-            assert len(serving.stored_files()) == 2
-        async with serve_generator(given) as serving:
-            assert serving.stored_files() == []
-            assert await active(serving) == ("", 0)
-            pinned = await refusal(serving.generator.Generate(generate_request(policy_version=1), timeout=5))
-            assert pinned.reason == "VERSION_NOT_LOADED"
+        assert not temporary.exists()
 
     run(scenario())
 

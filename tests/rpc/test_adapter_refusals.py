@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import struct
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +19,15 @@ from tests.rpc.adapter_files import (
     activate,
     begin_request,
     commit,
+    commit_request,
+    delete_request,
     fake_adapter,
     fake_probe,
     fake_tensors,
     list_adapters,
     push,
     push_fakes,
+    rollback_request,
     upload,
 )
 from tests.rpc.generator_serving import Refusal, Serving, refusal, serve_generator, settings
@@ -91,6 +93,10 @@ def declared(name: str, *, size_bytes: int = 10, sha256: str = "0" * 64) -> adap
     return adapter_pb2.AdapterFile(name=name, size_bytes=size_bytes, sha256=sha256)
 
 
+def probe_with_base(base_logprobs: list[float]) -> adapter_pb2.AdapterProbe:
+    return adapter_pb2.AdapterProbe(token_ids=[1, 2], logprobs=[-1.0], base_logprobs=base_logprobs)
+
+
 def with_header(change: Callable[[Header], None]) -> AdapterBytes:
     """A fake adapter whose safetensors header was tampered with."""
     weights = fake_adapter(2).weights
@@ -139,6 +145,8 @@ def test_adapter_that_does_not_fit_is_refused_before_any_byte(reason: str, field
         ("base_model_sha256", {"base_model_sha256": "xyz"}),
         ("rank", {"rank": 0}),
         ("rank", {"rank": -4}),
+        ("epoch", {"epoch": 0}),
+        ("epoch", {"epoch": -1}),
         ("target_modules", {"target_modules": []}),
         ("files", {"files": []}),
         ("files", {"files": [declared(CONFIG_NAME)]}),
@@ -161,6 +169,8 @@ def test_adapter_that_does_not_fit_is_refused_before_any_byte(reason: str, field
         ("probes[0].logprobs", {"probes": [adapter_pb2.AdapterProbe(token_ids=[1, 2], logprobs=[-1.0, -1.0])]}),
         ("probes[0].logprobs", {"probes": [adapter_pb2.AdapterProbe(token_ids=[1, 2], logprobs=[float("nan")])]}),
         ("probes[0].logprobs", {"probes": [adapter_pb2.AdapterProbe(token_ids=[1, 2], logprobs=[0.5])]}),
+        ("probes[0].base_logprobs", {"probes": [probe_with_base([-1.0, -1.0])]}),
+        ("probes[0].base_logprobs", {"probes": [probe_with_base([float("inf")])]}),
     ],
 )
 def test_announcement_out_of_range_names_the_field(field: str, changes: dict[str, Any]) -> None:
@@ -349,6 +359,13 @@ def test_false_proof_is_refused() -> None:
     assert (refused.code, refused.reason, refused.fields) == (FAILED, "PROOF_FAILED", ("probes",))
 
 
+def test_adapter_with_less_effect_than_where_it_was_trained_is_refused() -> None:
+    probe = fake_probe(2)
+    probe.base_logprobs.extend(value - 5.0 for value in probe.logprobs)  # the fake base is at most 1 nat away
+    refused = refuse_push(fake_adapter(2), probes=[probe])
+    assert (refused.code, refused.reason, refused.fields) == (FAILED, "EFFECT_TOO_SMALL", ("probes",))
+
+
 def test_calls_that_change_state_check_their_fields() -> None:
     async def scenario() -> None:
         async with serve_generator() as serving:
@@ -365,19 +382,27 @@ def test_calls_that_change_state_check_their_fields() -> None:
                 fields: dict[str, Any] = {"run_id": "run-a", "version": 1} | {}
                 refused = await refusal(activate_with(serving, fields, changes))
                 assert (refused.code, refused.fields) == (INVALID, (field,)), changes
-            for request in (
-                adapter_pb2.DeleteAdapterRequest(request_id="x", run_id="run-a", policy_version=1),
-                adapter_pb2.DeleteAdapterRequest(request_id=str(uuid.uuid4()), run_id="..", policy_version=1),
-                adapter_pb2.DeleteAdapterRequest(request_id=str(uuid.uuid4()), run_id="run-a", policy_version=0),
+            for changes, field in (
+                ({"request_id": "x"}, "request_id"),
+                ({"run_id": ".."}, "run_id"),
+                ({"policy_version": 0}, "policy_version"),
+                ({"epoch": 0}, "epoch"),
             ):
-                assert (await refusal(serving.adapters.DeleteAdapter(request, timeout=5))).code == INVALID
-            for bad in (
-                adapter_pb2.RollbackAdapterRequest(request_id="", run_id="run-a", expected_policy_version=1),
-                adapter_pb2.RollbackAdapterRequest(request_id=str(uuid.uuid4()), run_id="", expected_policy_version=1),
+                deletion = delete_request("run-a", 1, **changes)
+                refused = await refusal(serving.adapters.DeleteAdapter(deletion, timeout=5))
+                assert (refused.code, refused.fields) == (INVALID, (field,)), changes
+            for changes, field in (
+                ({"request_id": ""}, "request_id"),
+                ({"run_id": ""}, "run_id"),
+                ({"expected_policy_version": -1}, "expected_policy_version"),
+                ({"epoch": -1}, "epoch"),
             ):
-                assert (await refusal(serving.adapters.RollbackAdapter(bad, timeout=5))).code == INVALID
-            bad_commit = adapter_pb2.CommitPushRequest(request_id="x", upload_id="y")
-            assert (await refusal(serving.adapters.CommitPush(bad_commit, timeout=5))).fields == ("request_id",)
+                rollback = rollback_request("run-a", 1, **changes)
+                refused = await refusal(serving.adapters.RollbackAdapter(rollback, timeout=5))
+                assert (refused.code, refused.fields) == (INVALID, (field,)), changes
+            for changes, field in (({"request_id": "x"}, "request_id"), ({"epoch": 0}, "epoch")):
+                bad = commit_request("y", **changes)
+                assert (await refusal(serving.adapters.CommitPush(bad, timeout=5))).fields == (field,)
             unknown = await refusal(commit(serving.adapters, "../../etc/passwd"))
             assert (unknown.code, unknown.fields) == (grpc.StatusCode.NOT_FOUND, ("upload_id",))
             await still_fine(serving)

@@ -198,7 +198,7 @@ async def push_version(adapters: AdapterClient, folder: Path, version: int) -> P
         probes=[AdapterProbe(probe.token_ids, probe.logprobs)],
         differs_from_base=True,
     )
-    return await adapters.push(folder, push)
+    return await adapters.push(folder, push, epoch=1)
 
 
 def test_a_pushed_adapter_is_proven_activated_used_and_rolled_back(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_pushed_adapter_is_proven_activated_used_and_rolled_back(tmp_path: Pat
         assert (sampled.policy_version, sampled.adapter_sha256) == (2, active.adapter.sha256)
         expected = fake_completion(PROMPT, Sampling(max_tokens=10), 2, stream=derive_seed(3, 0))
         assert sampled.completions[0].token_ids == tuple(expected.token_ids)
-        assert await adapters.rollback("run-a", expected_policy_version=2) == 1
+        assert await adapters.rollback("run-a", expected_policy_version=2, epoch=1) == 1
         assert (await client.generate(PROMPT)).policy_version == 1
-        await adapters.delete("run-a", 2)
+        await adapters.delete("run-a", 2, epoch=1)
         for _ in range(100):  # unloading takes its time
             if len(left := await adapters.list_adapters()) == 1:
                 break
@@ -228,7 +228,7 @@ def test_a_pushed_adapter_is_proven_activated_used_and_rolled_back(tmp_path: Pat
             await asyncio.sleep(0.05)
         assert [adapter.policy_version for adapter in left] == [1]
         with pytest.raises(NotFoundError):
-            await adapters.delete("run-a", 2)
+            await adapters.delete("run-a", 2, epoch=1)
 
     with_generator(use)
 

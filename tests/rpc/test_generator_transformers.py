@@ -240,7 +240,7 @@ def test_request_that_runs_while_its_version_is_retired_finishes(
         await checks.push_real(serving, oracle, "two", folders["two"], 2)
         await activate(serving.adapters, "run-a", 2)
         request = adapter_pb2.DeleteAdapterRequest(
-            request_id="7f4df5d0-6b0c-4f57-9c29-0f0f0c3b1f10", run_id="run-a", policy_version=1
+            request_id="7f4df5d0-6b0c-4f57-9c29-0f0f0c3b1f10", run_id="run-a", policy_version=1, epoch=1
         )
         await serving.adapters.DeleteAdapter(request, timeout=10)
         response = await running

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +22,28 @@ from tests.rpc.run_services import (
     write_tiny_policy,
     write_word_prompts,
 )
-from tests.rpc.serving import run, serving
+from tests.rpc.serving import LOCAL, run, serving
 from tether.adapter import AdapterClient
-from tether.errors import AbortedError, CancelledError, FailedPreconditionError, InvalidArgumentError, UnavailableError
+from tether.errors import (
+    AbortedError,
+    CancelledError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from tether.generator import GeneratorClient, SamplingParams
 from tether_services.generator.service import GeneratorService
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.loop import run_step, run_training
-from tether_services.orchestrator.records import Attempt, RunState
+from tether_services.orchestrator.publishing import LocalAdapter, PushFigures
+from tether_services.orchestrator.records import Attempt, RunState, StepOutcome, StepRecord
 from tether_services.orchestrator.report import build_report
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.orchestrator.session import Session, open_session
+from tether_services.reward.config import RewardSettings
+from tether_services.reward.service import RewardService
+from tether_services.runtime.fault_points import PLAN_VARIABLE, arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +144,264 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(t
     run(scenario(), timeout_seconds=120)
 
 
-def test_a_version_that_was_pushed_and_never_committed_is_replaced_on_resume(tmp_path: Path) -> None:
+def test_a_step_that_is_not_committed_never_reaches_the_generator(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
             first = w.new_run(extra="evaluation = false")
             async with w.session(first) as session:
                 await run_step(session, 0)
-                w.ledger.finish(first, RunState.FAILED, error="killed between activate and commit")
-                with pytest.raises(AbortedError):
+                refuse_commits(session.ledger)
+                with pytest.raises(AbortedError, match="step 1, commit: over"):
                     await run_step(session, 1)
+            del session.ledger.commit_step
+            w.ledger.finish(first, RunState.FAILED, error="killed between checkpoint and commit")
+            assert (first.directory / "checkpoints" / "000002-e1").is_dir()
             async with w.adapter_client() as adapters:
-                assert (await adapters.get_active_adapter()).policy_version == 2
+                assert [a.policy_version for a in await adapters.list_adapters()] == [1]
                 second = w.ledger.begin_attempt("demo")
                 async with w.session(second) as session:
-                    active = await adapters.get_active_adapter()
-                    assert active.policy_version == 1
-                    stored = await adapters.list_adapters()
-                    assert [a.policy_version for a in stored if a.state != "retiring"] == [1]
+                    assert (await adapters.get_active_adapter()).policy_version == 1
+                    assert names(second, "checkpoints") == ["000001-e1"], "what was not committed is gone"
+                    assert names(second, "adapters") == ["000001"]
                     await run_training(session)
                 assert (await adapters.get_active_adapter()).policy_version == 3
+            assert w.ledger.count_samples("demo") == {"trained": 24, "abandoned": 8}
+
+    run(scenario(), timeout_seconds=120)
+
+
+def refuse_commits(ledger: Ledger) -> None:
+    def refuse(attempt: Attempt, record: StepRecord, outcome: StepOutcome | None = None) -> None:
+        raise AbortedError("over", reason="STALE_EPOCH")
+
+    ledger.commit_step = refuse  # type: ignore[method-assign]
+
+
+def names(attempt: Attempt, kind: str) -> list[str]:
+    return sorted(path.name for path in (attempt.directory / kind).iterdir())
+
+
+def refuse_pushes(session: Session) -> None:
+    async def refuse(adapter: LocalAdapter) -> PushFigures:
+        raise UnavailableError("adapter at x: UNAVAILABLE")
+
+    session.publisher.publish = refuse  # type: ignore[method-assign]
+
+
+def test_a_step_whose_push_failed_is_committed_and_pushed_before_the_next_prompt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, one_by_one=True) as w:
+            whole = w.new_run("whole", "evaluation = false")
+            async with w.session(whole) as session:
+                await run_training(session)
+            w.ledger.finish(whole, RunState.SUCCEEDED)
+            first = w.new_run(extra="evaluation = false")
+            async with w.session(first) as session:
+                await run_step(session, 0)
+                refuse_pushes(session)
+                with pytest.raises(UnavailableError, match="step 1, push: adapter at x"):
+                    await run_step(session, 1)
+            w.ledger.finish(first, RunState.FAILED, error="generator away")
+            left = w.ledger.get_run("demo")
+            assert (left.num_committed_steps, left.policy_version) == (2, 1)
+            async with w.adapter_client() as adapters, w.session(w.ledger.begin_attempt("demo")) as session:
+                assert (await adapters.get_active_adapter()).policy_version == 2
+                assert w.ledger.get_run("demo").policy_version == 2
+                assert not w.ledger.has_open_push("demo")
+                assert session.trainer.num_updates == 2, "the step is not computed again"
+                await run_training(session)
+            assert w.weights(first, 3) == w.weights(whole, 3)
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_a_step_leaves_its_samples_its_adapter_and_its_checkpoint_in_the_ledger(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_training(session)
+            states = w.ledger.list_states("demo")
+            for state in states:
+                assert (state.samples.asked, state.samples.generated, state.samples.trained) == (8, 8, 8)
+            newest = states[-1]
+            assert newest.adapter_sha256 == hashlib.sha256(w.weights(attempt, 3)).hexdigest()
+            assert newest.checkpoint is not None
+            state_json = (attempt.directory / newest.checkpoint.path / "state.json").read_bytes()
+            assert newest.checkpoint.sha256 == hashlib.sha256(state_json).hexdigest()
+            assert [bool(state.checkpoint) for state in states] == [False, True, True]
+            assert w.ledger.count_samples("demo") == {"trained": 24}
+            with sqlite3.connect(tmp_path / "runs" / "ledger.sqlite") as connection:
+                rows = connection.execute("SELECT sample, policy_version, adapter_sha256 FROM samples WHERE step = 1")
+                assert rows.fetchall() == [(number, 1, states[0].adapter_sha256) for number in range(8)]
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_a_resume_leaves_the_committed_adapter_as_it_is_and_restores_a_damaged_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_step(session, 0)
+            weights = attempt.directory / "adapters" / "000001" / "adapter_model.safetensors"
+            content, before = weights.read_bytes(), weights.stat()
+            for damage in (False, True):
+                w.ledger.finish(attempt, RunState.FAILED)
+                if damage:
+                    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+                attempt = w.ledger.begin_attempt("demo")
+                async with w.session(attempt):
+                    assert weights.read_bytes() == content
+                    assert damage or weights.stat().st_mtime_ns == before.st_mtime_ns
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_a_damaged_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_step(session, 0)
+            w.ledger.finish(attempt, RunState.FAILED)
+            second = w.ledger.begin_attempt("demo")
+            folder = attempt.directory / "checkpoints" / "000001-e1"
+            for name in ("state.json", "weights.safetensors", "optimiser.safetensors"):
+                content = (folder / name).read_bytes()
+                (folder / name).write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+                with pytest.raises(FailedPreconditionError) as caught:
+                    async with w.session(second):
+                        pass
+                assert caught.value.reason == "CHECKPOINT_DAMAGED", name
+                (folder / name).write_bytes(content)
+            async with w.session(second):
+                pass
+
+    run(scenario(), timeout_seconds=120)
+
+
+@pytest.fixture
+def disarmed() -> Iterator[None]:
+    """Take the fault points of this process away at the end."""
+    yield
+    os.environ.pop(PLAN_VARIABLE, None)
+    arm("worker", 0)
+
+
+@pytest.mark.parametrize("point", ["checkpoint.staged", "checkpoint.renamed", "commit.open"])
+def test_a_disk_that_fills_up_in_a_step_is_named_and_the_run_ends_with_the_same_bits(
+    tmp_path: Path, point: str, disarmed: None
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, one_by_one=True) as w:
+            whole = w.new_run("whole", "evaluation = false")
+            async with w.session(whole) as session:
+                await run_training(session)
+            w.ledger.finish(whole, RunState.SUCCEEDED)
+            (tmp_path / "plan.json").write_text(json.dumps({"worker": {"1": f"{point}@2=enospc"}}))
+            os.environ[PLAN_VARIABLE] = str(tmp_path / "plan.json")
+            arm("worker", 1)
+            first = w.new_run(extra="evaluation = false")
+            phase = point.partition(".")[0]
+            async with w.session(first) as session:
+                await run_step(session, 0)
+                with pytest.raises(ResourceExhaustedError, match=rf"step 1, {phase}: .*free some space") as caught:
+                    await run_step(session, 1)
+                assert caught.value.reason == "STORAGE_FULL"
+            assert w.ledger.get_run("demo").num_committed_steps == 1
+            async with w.adapter_client() as adapters:
+                assert (await adapters.get_active_adapter()).policy_version == 1, "the old version serves"
+            w.ledger.finish(first, RunState.FAILED, error="STORAGE_FULL")
+            second = w.ledger.begin_attempt("demo")
+            async with w.session(second) as session:
+                assert names(second, "checkpoints") == ["000001-e1"]
+                await run_training(session)
+            assert w.weights(second, 3) == w.weights(whole, 3)
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_other_prompts_at_a_resume_are_refused_until_the_old_ones_are_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_step(session, 0)
+            w.ledger.finish(attempt, RunState.FAILED)
+            second, old = w.ledger.begin_attempt("demo"), w.prompts.read_text()
+            w.prompts.write_text(old.replace("w4 w5", "w5 w4"))
+            with pytest.raises(FailedPreconditionError, match="put the old files back") as caught:
+                async with w.session(second):
+                    pass
+            assert caught.value.reason == "PROMPTS_CHANGED"
+            w.prompts.write_text(old)
+            async with w.session(second) as session:
+                await run_training(session)
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_another_reward_model_at_a_resume_is_refused(tmp_path: Path) -> None:
+    model = {"name": "other", "components": [{"name": "fake", "engine": "fake", "gain": 2.0}]}
+    rewarding = RewardSettings.model_validate({**LOCAL, "models": [model]})
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w, serving(rewarding, lambda r: RewardService(rewarding, r)) as other:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_step(session, 0)
+            w.ledger.finish(attempt, RunState.FAILED)
+            second = w.ledger.begin_attempt("demo")
+            settings = w.services.settings.model_copy(update={"reward_address": other.target})
+            config = parse_run_config(w.ledger.get_run("demo").config_toml)
+            with pytest.raises(FailedPreconditionError, match="the run began with") as caught:
+                async with open_session(settings, config, w.ledger, second):
+                    pass
+            assert caught.value.reason == "REWARD_MODEL_CHANGED"
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_another_base_model_at_a_resume_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            async with w.session(attempt) as session:
+                await run_step(session, 0)
+            w.ledger.finish(attempt, RunState.FAILED)
+        write_tiny_policy(tmp_path / "policy", seed=1)  # and every service is started again on it
+        async with run_services(w.model, tmp_path / "runs") as services:
+            again = World(services, w.ledger, w.model, w.prompts)
+            with pytest.raises(FailedPreconditionError) as caught:
+                async with again.session(w.ledger.begin_attempt("demo")):
+                    pass
+            assert caught.value.reason == "BASE_CHANGED"
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_a_worker_that_lost_its_lease_stops_before_its_next_effect(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            attempt = w.new_run(extra="evaluation = false")
+            config = parse_run_config(w.ledger.get_run("demo").config_toml)
+            held = [True] * 3  # once at the take-over, once at the begin of the step, once at the export
+
+            def check_lease() -> None:
+                if not held:
+                    raise AbortedError("taken", reason="LEASE_LOST")
+                held.pop()
+
+            with pytest.raises(AbortedError, match="checkpoint: taken"):
+                async with open_session(
+                    w.services.settings, config, w.ledger, attempt, check_lease=check_lease
+                ) as session:
+                    await run_step(session, 0)
+            assert not (attempt.directory / "checkpoints").exists()
+            assert w.ledger.list_steps("demo") == []
+            async with w.adapter_client() as adapters:
+                assert (await adapters.get_active_adapter()).policy_version == 0
 
     run(scenario(), timeout_seconds=120)
 
@@ -200,9 +453,10 @@ def test_a_restarted_generator_gets_the_current_version_again(tmp_path: Path) ->
     async def scenario() -> None:
         async with world(tmp_path) as w:
             attempt = w.new_run(extra="evaluation = false")
-            async with w.session(attempt) as session:
+            settings = w.services.settings.model_copy(update={"max_retries": 20})
+            config = parse_run_config(w.ledger.get_run("demo").config_toml)
+            async with open_session(settings, config, w.ledger, attempt) as session:
                 await run_step(session, 0)
-                settings = w.services.settings
                 await w.services.generator.runner.close()
                 again = generator_settings(
                     w.model, address=settings.generator_address, admin_address=settings.adapter_address
@@ -317,8 +571,8 @@ def test_checkpoints_and_adapters_are_kept_as_configured(tmp_path: Path) -> None
             attempt = w.new_run(extra="evaluation = false\nkeep_checkpoints = 1")
             async with w.session(attempt) as session:
                 await run_training(session)
-            for kind in ("checkpoints", "adapters"):
-                assert [p.name for p in (attempt.directory / kind).iterdir()] == ["000003"]
+            assert names(attempt, "checkpoints") == ["000003-e1"]
+            assert names(attempt, "adapters") == ["000003"]
             services = json.loads((attempt.directory / "services.json").read_text())
             assert services["generator"]["engine"] == "transformers"
             assert services["reward"]["engine"] == "fake"

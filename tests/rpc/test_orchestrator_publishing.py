@@ -6,17 +6,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.rpc.run_services import run_services, small_run_toml, write_tiny_policy, write_word_prompts
 from tests.rpc.serving import run
-from tether.adapter import AdapterClient, AdapterProbe
-from tether.errors import FailedPreconditionError
+from tether.adapter import Adapter, AdapterClient, AdapterProbe
+from tether.errors import AbortedError, FailedPreconditionError
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.loop import collect_step, to_batch
 from tether_services.orchestrator.prompts import Prompt
-from tether_services.orchestrator.publishing import LocalAdapter
+from tether_services.orchestrator.publishing import LocalAdapter, PolicyPublisher
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.orchestrator.session import Session, choose_probes, open_session
 
@@ -126,11 +127,111 @@ def test_a_version_that_somebody_else_stored_under_the_same_number_is_not_truste
     run(scenario(), timeout_seconds=120)
 
 
+def next_attempt(w: World) -> PolicyPublisher:
+    """What the next attempt of the run publishes with."""
+    attempt = replace(w.session.attempt, epoch=w.session.attempt.epoch + 1)
+    return PolicyPublisher(w.session.publisher._remote, attempt)
+
+
+def test_an_attempt_that_was_replaced_publishes_nothing_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            adapter = await w.next_adapter(1)
+            successor = next_attempt(w)
+            await successor.take_over(None)  # what it wants is active already: it is the first to say so all the same
+            with pytest.raises(AbortedError) as caught:
+                await w.session.publisher.publish(adapter)
+            assert caught.value.reason == "STALE_EPOCH"
+            assert await w.adapters.list_adapters() == ()
+            await successor.publish(adapter)
+            assert await w.active() == ("demo", 1)
+            with pytest.raises(AbortedError):
+                await w.session.publisher.take_over(None)
+            assert await w.active() == ("demo", 1)
+
+    run(scenario(), timeout_seconds=120)
+
+
+class Late(PolicyPublisher):
+    """Lets something happen each time that it has read what the generator holds."""
+
+    async def _stored(self) -> list[Adapter]:
+        stored = await super()._stored()
+        await self.meanwhile()
+        return stored
+
+    async def meanwhile(self) -> None:
+        """What happens."""
+
+
+def test_earlier_attempts_are_locked_out_before_the_stored_versions_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            adapter, pushed = await w.next_adapter(1), []
+
+            async def earlier_attempt_pushes(_: Late) -> None:
+                with pytest.raises(AbortedError) as caught:
+                    await w.adapters.push(adapter.directory, adapter.push, epoch=1)
+                pushed.append(caught.value.reason)
+
+            monkeypatch.setattr(Late, "meanwhile", earlier_attempt_pushes)
+            await Late(w.session.publisher._remote, replace(w.session.attempt, epoch=2)).take_over(None)
+            assert set(pushed) == {"STALE_EPOCH"}
+            assert await w.adapters.list_adapters() == ()
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_an_uncommitted_version_serves_until_the_committed_one_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[int] = []
+    activate = AdapterClient.activate
+
+    async def note(self: AdapterClient, run_id: str, version: int, **options: Any) -> int:
+        switched.append(version)
+        return await activate(self, run_id, version, **options)
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            committed = await w.next_adapter(1)
+            await w.session.publisher.publish(committed)
+            await w.session.publisher.publish(await w.next_adapter(2))
+            monkeypatch.setattr(AdapterClient, "activate", note)
+            await next_attempt(w).take_over(committed)
+            assert await w.active() == ("demo", 1)
+            assert 0 not in switched, "callers without a version never see the base"
+            stored = await w.adapters.list_adapters()
+            assert [(a.policy_version, a.state) for a in stored if a.state != "retiring"] == [(1, "active")]
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_the_generator_is_told_what_the_adapter_changes_in_the_trainer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            adapter = await w.next_adapter(1)
+            for probe in adapter.push.probes:
+                assert len(probe.base_logprobs) == len(probe.logprobs) == len(probe.token_ids) - 1
+                assert list(probe.base_logprobs) != list(probe.logprobs)
+            away = [
+                AdapterProbe(p.token_ids, p.logprobs, [x - 9.0 for x in p.base_logprobs]) for p in adapter.push.probes
+            ]
+            with pytest.raises(FailedPreconditionError) as caught:
+                await w.session.publisher.publish(replace(adapter, push=replace(adapter.push, probes=away)))
+            assert caught.value.reason == "EFFECT_TOO_SMALL"
+            await w.session.publisher.publish(adapter)
+
+    run(scenario(), timeout_seconds=120)
+
+
 def test_a_version_that_was_rolled_back_is_restored(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
             await w.session.publisher.publish(await w.next_adapter(1))
-            await w.adapters.rollback("demo", expected_policy_version=1)
+            await w.adapters.rollback("demo", expected_policy_version=1, epoch=1)
             assert await w.active() == ("demo", 0)
             await w.session.publisher.restore()
             assert await w.active() == ("demo", 1)
@@ -142,8 +243,8 @@ def test_a_version_that_was_deleted_is_pushed_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
             await w.session.publisher.publish(await w.next_adapter(1))
-            await w.adapters.rollback("demo", expected_policy_version=1)
-            await w.adapters.delete("demo", 1)
+            await w.adapters.rollback("demo", expected_policy_version=1, epoch=1)
+            await w.adapters.delete("demo", 1, epoch=1)
             await w.session.publisher.restore()
             assert await w.active() == ("demo", 1)
 

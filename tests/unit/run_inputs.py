@@ -11,7 +11,7 @@ from tether.errors import InvalidArgumentError
 from tether.generator import Completion
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.prompts import Prompt
-from tether_services.orchestrator.records import StepRecord
+from tether_services.orchestrator.records import SampleCounts, SampleRow, StepOutcome, StepRecord
 from tether_services.orchestrator.rollouts import ScoredSample
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.orchestrator.step_metrics import OPTIONAL_METRICS, STEP_METRICS
@@ -58,8 +58,24 @@ def step_record(step: int, **metrics: float) -> StepRecord:
     """Return a record with every required figure: 4 samples of 8 tokens, nothing dropped, all else `step + 0.5`."""
     figures = dict.fromkeys((n for n in STEP_METRICS if n not in OPTIONAL_METRICS), step + 0.5)
     figures |= {name: 0.0 for name in figures if name.startswith("dropped_") or name == "samples_dropped"}
+    figures |= {"samples_asked": 4.0, "samples_not_generated": 0.0, "samples_abandoned": 0.0}
     figures |= {"samples_generated": 4.0, "samples_trained": 4.0, "generated_tokens": 32.0, "effective_tokens": 32.0}
     return StepRecord(step, step, figures | metrics, {"score": [0.5, 1.5, -3.0, 2.0], "response_length": [8] * 4})
+
+
+def sample_rows(count: int, *, dropped: int = 0, version: int = 0) -> list[SampleRow]:
+    """Return the samples of a rollout; the last ones could not be scored."""
+    reasons = [""] * (count - dropped) + ["not_scored"] * dropped
+    return [
+        SampleRow(number, f"{number:064x}", version, "", 8, dropped=reason) for number, reason in enumerate(reasons)
+    ]
+
+
+def step_outcome(step: int, *, trained: int = 4, dropped: int = 0) -> StepOutcome:
+    """Return what a step with those samples leaves behind, without a checkpoint."""
+    reasons = {"not_scored": dropped} if dropped else {}
+    counts = SampleCounts(trained + dropped, trained + dropped, trained, reasons)
+    return StepOutcome(f"{step + 1:064x}", None, counts)
 
 
 def scored_sample(

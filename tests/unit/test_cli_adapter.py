@@ -66,6 +66,11 @@ def test_the_proofs_are_log_probabilities_of_base_and_adapter_together(base: Pat
             table = torch.log_softmax(model(torch.tensor([probe.token_ids])).logits[0].double(), -1)
         expected = [float(table[place, token]) for place, token in enumerate(probe.token_ids[1:])]
         assert list(probe.logprobs) == pytest.approx(expected, abs=1e-5)
+        with torch.no_grad(), model.disable_adapter():
+            table = torch.log_softmax(model(torch.tensor([probe.token_ids])).logits[0].double(), -1)
+        expected = [float(table[place, token]) for place, token in enumerate(probe.token_ids[1:])]
+        assert list(probe.base_logprobs) == pytest.approx(expected, abs=1e-5)
+        assert list(probe.base_logprobs) != pytest.approx(list(probe.logprobs), abs=1e-3)
 
 
 def test_proofs_without_a_tokenizer_name_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ VALUES = [
     (tether.ReferenceState, reference_pb2.GetReferenceResponse),
     (tether.Run, orchestrator_pb2.Run),
     (tether.StepEvent, orchestrator_pb2.StepEvent),
+    (tether.StepState, orchestrator_pb2.StepState),
+    (tether.SampleCounts, orchestrator_pb2.SampleCounts),
     (tether.Adapter, adapter_pb2.Adapter),
     (tether.AdapterProbe, adapter_pb2.AdapterProbe),
     (tether.CommitStage, adapter_pb2.CommitStage),

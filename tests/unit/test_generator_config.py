@@ -41,6 +41,8 @@ def load(**values: Any) -> GeneratorSettings:
         ({"gpu_memory_utilization"}, {"engine": "vllm", "model": "x", "gpu_memory_utilization": 1.5}),
         ({"adapters.max_rank"}, {"engine": "fake", "adapters__max_rank": 0}),
         ({"adapters.max_bytes"}, {"engine": "fake", "adapters__max_bytes": 10}),
+        ({"adapters.free_bytes"}, {"engine": "fake", "adapters__free_bytes": -1}),
+        ({"adapters.quota_bytes"}, {"engine": "fake", "adapters__quota_bytes": -1}),
         ({"adapters.keep_versions"}, {"engine": "fake", "adapters__keep_versions": 0}),
         ({"adapters.prove_tolerance"}, {"engine": "fake", "adapters__prove_tolerance": 0}),
         ({"adapters.upload_seconds"}, {"engine": "fake", "adapters__upload_seconds": "nan"}),
@@ -56,6 +58,7 @@ def test_bad_setting_is_named(fields: set[str], values: dict[str, Any]) -> None:
 def test_defaults_serve_on_loopback() -> None:
     settings = load(model="x")
     assert (settings.address, settings.admin_address) == ("127.0.0.1:50051", "127.0.0.1:50061")
+    assert (settings.adapters.free_bytes, settings.adapters.quota_bytes) == (64 * 1024 * 1024, 0)
     assert (settings.engine, settings.max_n, settings.adapters.keep_versions) == ("transformers", 64, 3)
 
 

@@ -1,41 +1,23 @@
-"""The adapter folder: one owner, write-once versions, no links, nothing outside."""
+"""The adapter folder: one owner, write-once versions, no links, nothing outside, nothing half-written."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tether.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from tether_services.generator.storage import AdapterStorage, write_at
-from tether_services.generator.uploads import MAX_OPEN_UPLOADS, Declaration, DeclaredFile, Upload, Uploads
-from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
+from tests.unit.upload_inputs import opened
+from tether.errors import InvalidArgumentError, ResourceExhaustedError
+from tether_services.generator.storage import write_at
+from tether_services.generator.verification import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
 
 TARGET = ("run-a", 3, "ab" * 32)
-
-
-def opened(folder: Path | None) -> AdapterStorage:
-    storage = AdapterStorage(folder)
-    storage.open()
-    return storage
-
-
-def declare(version: int = 1, *, sha256: str = "a" * 64, request_id: str | None = None, size: int = 6) -> Declaration:
-    return Declaration(
-        request_id=request_id or f"request-{version}-{sha256[:1]}",
-        run_id="run-a",
-        policy_version=version,
-        rank=2,
-        target_modules=frozenset({"q_proj"}),
-        files=(DeclaredFile(CONFIG_NAME, 4, "b" * 64), DeclaredFile(WEIGHTS_NAME, size, sha256)),
-        probes=(),
-        differs_from_base=True,
-    )
 
 
 def test_two_owners_of_one_folder_are_refused(tmp_path: Path) -> None:
@@ -53,15 +35,39 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "file" / "inside")
 
 
-def test_start_clears_what_a_killed_process_left_but_nothing_else(tmp_path: Path) -> None:
+def test_start_drops_unfinished_uploads_and_keeps_versions_and_what_is_not_ours(tmp_path: Path) -> None:
     storage = opened(tmp_path)
     storage.stage("one")
+    storage.stage("two")
+    kept = storage.store("two", TARGET, {MANIFEST_NAME: b"{}"})
+    storage.stage("three")
+    disowned = storage.store("three", TARGET, {MANIFEST_NAME: b"{}"})
+    storage.disown(disowned)
+    storage.disown(disowned)
     storage.close()
     (tmp_path / "notes.txt").write_text("mine")
     again = opened(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["lock", "notes.txt", "staging", "versions"]
+    assert again.find_stored() == [kept]
+    assert not disowned.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "notes.txt", "staging", "versions"]
+    assert list((tmp_path / "staging").iterdir()) == []
     again.close()
     again.close()
+
+
+def test_what_is_set_aside_is_kept_until_the_next_start(tmp_path: Path) -> None:
+    storage = opened(tmp_path)
+    places = []
+    for upload_id in ("one", "two"):
+        storage.stage(upload_id)
+        places.append(storage.set_aside(storage.store(upload_id, TARGET, {MANIFEST_NAME: b"{}"})))
+    name = f"run-a-3-{'ab' * 6}"
+    assert places == [tmp_path / "damaged" / name, tmp_path / "damaged" / f"{name}.2"]
+    assert storage.find_stored() == []
+    assert (places[1] / MANIFEST_NAME).is_file()
+    storage.close()
+    opened(tmp_path).close()
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_temporary_folder_goes_with_its_owner() -> None:
@@ -85,16 +91,121 @@ def test_staging_is_private_and_exclusive(tmp_path: Path) -> None:
 def test_stored_version_is_write_once(tmp_path: Path) -> None:
     storage = opened(tmp_path)
     storage.stage("one")
-    folder = storage.store("one", TARGET, {"r": 2})
+    folder = storage.store("one", TARGET, {CONFIG_NAME: b"two"})
     assert folder == tmp_path / "versions/run-a" / f"3-{'ab' * 6}"
-    assert (folder / CONFIG_NAME).read_text() == '{\n  "r": 2\n}'
+    assert (folder / CONFIG_NAME).read_text() == "two"
     storage.stage("two")
-    with pytest.raises(FailedPreconditionError) as caught:
-        storage.store("two", TARGET, {})
-    assert caught.value.reason == "VERSION_EXISTS"
-    assert (folder / CONFIG_NAME).read_text() == '{\n  "r": 2\n}'
+    other = storage.store("two", TARGET, {CONFIG_NAME: b"four"})
+    storage.stage("three")
+    third = storage.store("three", TARGET, {CONFIG_NAME: b"eight"})
+    assert [path.name for path in (other, third)] == [f"{folder.name}.2", f"{folder.name}.3"]
+    assert (folder / CONFIG_NAME).read_text() == "two", "what an engine may still read stays as it was"
     storage.remove(folder)
-    assert not folder.exists()
+    assert not folder.exists() and other.is_dir()
+    storage.close()
+
+
+def test_weights_reach_the_disk_before_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = opened(tmp_path)
+    staged = storage.stage("one")
+    write_at(staged / WEIGHTS_NAME, b"weights", 0)  # no sync: the stream broke
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    names = {path.stat().st_ino: path.name for path in [*staged.iterdir(), staged]}
+
+    def note_fsync(descriptor: int) -> None:
+        done.append(f"fsync {names.get(os.fstat(descriptor).st_ino, 'other')}")
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        done.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    storage.store("one", TARGET, {CONFIG_NAME: b"two"})
+    # First the configuration, written anew: an inode of its own.
+    assert done[1:] == [f"fsync {WEIGHTS_NAME}", "rename", "fsync one", "fsync other", "fsync other"]
+    assert done[0].startswith("fsync ")
+    storage.close()
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = opened(tmp_path)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:3], offset))
+    staged = storage.stage("one")
+    write_at(staged / WEIGHTS_NAME, b"weights", 0)
+    folder = storage.store("one", TARGET, {CONFIG_NAME: b"two"})
+    assert (folder / WEIGHTS_NAME).read_bytes() == b"weights"
+    assert (folder / CONFIG_NAME).read_text() == "two"
+    storage.close()
+
+
+def failing(number: int, *, after: int = 0) -> Callable[..., Any]:
+    """An os function that fails from the given call on."""
+    calls: list[object] = []
+
+    def fail(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) > after:
+            raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("made", [0, 1, 2])
+def test_disk_without_room_or_inodes_leaves_no_staging_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, made: int
+) -> None:
+    storage = opened(tmp_path)
+    fail = failing(number, after=max(0, made - 1))
+    open_file = os.open
+
+    def create(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            fail()
+        return open_file(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", create)
+        if made == 0:
+            patch.setattr(os, "mkdir", fail)
+        with pytest.raises(ResourceExhaustedError) as caught:
+            storage.stage("one")
+    assert caught.value.reason == "STORAGE_FULL"
+    assert str(tmp_path) not in caught.value.message
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert storage.stage("one").is_dir(), "it goes on once there is room"
+    storage.close()
+
+
+@pytest.mark.parametrize("function, after", [("pwrite", 0), ("rename", 0), ("fsync", 0), ("fsync", 2), ("fsync", 4)])
+def test_failed_store_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, after: int
+) -> None:
+    storage = opened(tmp_path)
+    storage.stage("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, failing(errno.ENOSPC, after=after))
+        with pytest.raises(ResourceExhaustedError):
+            storage.store("one", TARGET, {CONFIG_NAME: b"two"})
+    storage.discard("one")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "lock"]
+    storage.stage("two")
+    assert storage.store("two", TARGET, {}).name == f"3-{'ab' * 6}"
+    storage.close()
+
+
+def test_other_errors_of_the_disk_are_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = opened(tmp_path)
+    storage.stage("one")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError) as caught:
+        storage.store("one", TARGET, {})
+    assert caught.value.errno == errno.EIO
+    monkeypatch.undo()
     storage.close()
 
 
@@ -123,101 +234,32 @@ def test_links_are_not_followed_when_bytes_are_written(tmp_path: Path) -> None:
     assert victim.read_text() == "safe"
 
 
-def test_full_disk_is_refused_before_any_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = opened(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 1024 * 1024 + 100))
-    storage.check_space(100)
-    with pytest.raises(ResourceExhaustedError) as caught:
-        storage.check_space(101)
+def test_what_must_stay_free_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    storage = opened(tmp_path, free_bytes=400)
+    storage.check_space(600)
+    with pytest.raises(ResourceExhaustedError, match="free_bytes") as caught:
+        storage.check_space(601)
     assert caught.value.reason == "STORAGE_FULL"
-    uploads = Uploads(storage, expire_seconds=60)
-    uploads.begin(declare(1, size=60))
+    storage.close()
+    storage = opened(tmp_path)
     with pytest.raises(ResourceExhaustedError):
-        uploads.begin(declare(2, size=60))  # what the open upload will still take counts
+        storage.check_space(1)  # 64 MiB unless set
     storage.close()
 
 
-def test_disk_that_fills_during_an_upload_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = opened(tmp_path)
-    upload = Uploads(storage, expire_seconds=60).begin(declare())
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("tether_services.generator.uploads.write_at", full)
-    with pytest.raises(ResourceExhaustedError):
-        asyncio.run(upload.write(b"1234", offset=0))
-    assert upload.received_bytes == 0
-    storage.close()
-
-
-def write(upload: Upload, data: bytes, offset: int) -> None:
-    asyncio.run(upload.write(data, offset=offset))
-
-
-def test_bytes_land_in_their_files(tmp_path: Path) -> None:
-    storage = opened(tmp_path)
-    upload = Uploads(storage, expire_seconds=60).begin(declare())
-    write(upload, b"con", 0)
-    write(upload, b"fwei", 3)
-    write(upload, b"ght", 7)
-    assert (upload.folder / CONFIG_NAME).read_bytes() == b"conf"
-    assert (upload.folder / WEIGHTS_NAME).read_bytes() == b"weight"
-    assert asyncio.run(upload.sync()) == 10
-    storage.close()
-
-
-def test_bytes_of_two_streams_are_never_mixed(tmp_path: Path) -> None:
-    storage = opened(tmp_path)
-    upload = Uploads(storage, expire_seconds=60).begin(declare())
-
-    async def scenario() -> list[object]:
-        writes = [upload.write(data, offset=0) for data in (b"aaaa", b"bbbb")]
-        return list(await asyncio.gather(*writes, return_exceptions=True))
-
-    results = asyncio.run(scenario())
-    assert results[0] is None
-    assert isinstance(results[1], FailedPreconditionError)
-    assert (upload.folder / CONFIG_NAME).read_bytes() == b"aaaa"
-    storage.close()
-
-
-def test_upload_that_is_being_committed_takes_no_bytes_and_does_not_expire(tmp_path: Path) -> None:
-    storage = opened(tmp_path)
-    uploads = Uploads(storage, expire_seconds=1e-9)
-    upload = uploads.begin(declare())
-    upload.committing = True
-    with pytest.raises(FailedPreconditionError):
-        write(upload, b"x", 0)
-    uploads.expire()
-    assert uploads.get(upload.upload_id) is upload
-    upload.committing = False
-    with pytest.raises(NotFoundError):
-        for _ in range(3):
-            uploads.get(upload.upload_id)
-    assert not upload.folder.exists()
-    storage.close()
-
-
-def test_open_uploads_are_counted_and_forgotten_ones_make_room(tmp_path: Path) -> None:
-    storage = opened(tmp_path)
-    uploads = Uploads(storage, expire_seconds=60)
-    kept = [uploads.begin(declare(version)) for version in range(1, MAX_OPEN_UPLOADS + 1)]
-    with pytest.raises(ResourceExhaustedError):
-        uploads.begin(declare(99))
-    uploads.forget(kept[0])
-    assert uploads.begin(declare(99)).folder.is_dir()
-    storage.close()
-
-
-def test_same_content_is_the_same_upload_whatever_its_request_id(tmp_path: Path) -> None:
-    storage = opened(tmp_path)
-    uploads = Uploads(storage, expire_seconds=60)
-    first = uploads.begin(declare(1, request_id="one"))
-    assert uploads.begin(declare(1, request_id="two")) is first
-    with pytest.raises(InvalidArgumentError):
-        uploads.begin(declare(2, request_id="one"))
-    replaced = uploads.begin(declare(1, sha256="c" * 64, request_id="three"))
-    assert replaced is not first
-    assert not first.folder.exists()
+def test_quota_counts_uploads_and_versions(tmp_path: Path) -> None:
+    storage = opened(tmp_path, free_bytes=0, quota_bytes=100)
+    assert storage.usage_bytes() == 0
+    storage.check_space(100)
+    write_at(storage.stage("one") / WEIGHTS_NAME, b"x" * 30, 0)
+    storage.store("one", TARGET, {CONFIG_NAME: b"{}"})
+    write_at(storage.stage("two") / WEIGHTS_NAME, b"x" * 8, 0)
+    assert storage.usage_bytes() == 40
+    storage.check_space(60)
+    with pytest.raises(ResourceExhaustedError, match="quota_bytes") as caught:
+        storage.check_space(61)
+    assert caught.value.reason == "STORAGE_FULL"
+    storage.discard("two")
+    storage.check_space(61)
     storage.close()

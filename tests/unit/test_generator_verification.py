@@ -17,8 +17,8 @@ from safetensors.numpy import save
 from tests.rpc.adapter_files import fake_adapter, fake_tensors, peft_config
 from tether.errors import FailedPreconditionError
 from tether_services.generator.engines.fake import FAKE_LINEAR_SHAPES
-from tether_services.generator.pushes import check_claim, check_proof, default_tolerance
-from tether_services.generator.uploads import DeclaredFile, split_at_files
+from tether_services.generator.proof import check_claim, check_effect, default_tolerance
+from tether_services.generator.uploads import DeclaredFile, Probe, split_at_files
 from tether_services.generator.verification import (
     AdapterShape,
     check_finite,
@@ -219,12 +219,41 @@ def test_claim_is_the_mean_absolute_difference() -> None:
     assert reason_of(check_claim, [float("nan")], [-1.0], tolerance=1.0) == "PROOF_FAILED"
 
 
-def test_effect_must_be_as_declared() -> None:
-    check_proof([-1.0, -2.0], [-1.0, -2.1], True, tolerance=1e-3)
-    check_proof([-1.0], [-1.0], False, tolerance=1e-3)
-    check_proof([-1.0], [-1.0005], False, tolerance=1e-3)
-    assert reason_of(check_proof, [-1.0], [-1.0], True, tolerance=1e-3) == "SAME_AS_BASE"
-    assert reason_of(check_proof, [-1.0], [-1.01], False, tolerance=1e-3) == "DIFFERS_FROM_BASE"
+def probe(logprobs: list[float], base_logprobs: list[float]) -> Probe:
+    return Probe(tuple(range(len(logprobs) + 1)), tuple(logprobs), tuple(base_logprobs))
+
+
+def test_without_the_trainers_view_of_the_base_the_effect_must_be_as_declared() -> None:
+    silent = [probe([-1.0], [])]
+    check_effect([-1.0, -2.0], [-1.0, -2.1], [probe([-1.0, -2.0], [])], differs=True, tolerance=1e-3)
+    check_effect([-1.0], [-1.0], silent, differs=False, tolerance=1e-3)
+    check_effect([-1.0], [-1.0005], silent, differs=False, tolerance=1e-3)
+    assert reason_of(check_effect, [-1.0], [-1.0], silent, differs=True, tolerance=1e-3) == "SAME_AS_BASE"
+    assert reason_of(check_effect, [-1.0], [-1.01], silent, differs=False, tolerance=1e-3) == "DIFFERS_FROM_BASE"
+
+
+def test_half_of_a_clear_effect_must_be_there() -> None:
+    base, trained = [-1.5, -2.5], [probe([-1.0, -2.0], [-1.5, -2.5])]  # 0.5 nats on average
+    for served in ([-1.25, -2.25], [-0.75, -2.5], [-1.0, -2.0]):
+        check_effect(served, base, trained, differs=True, tolerance=0.049)
+    weak = [-1.375, -2.375]
+    assert reason_of(check_effect, weak, base, trained, differs=True, tolerance=0.049) == "EFFECT_TOO_SMALL"
+    check_effect(weak, base, trained, differs=True, tolerance=0.05)  # ten tolerances or less may be arithmetic
+
+
+def test_no_effect_at_all_is_accepted_only_where_the_trainer_saw_next_to_none() -> None:
+    same: list[float] = [-1.0, -2.0]
+    tiny, small = probe(same, [-1.0, -2.0 - 1e-6]), probe(same, [-1.0, -2.0 - 1e-3])
+    check_effect(same, same, [tiny], differs=True, tolerance=1e-3)
+    assert reason_of(check_effect, same, same, [small], differs=True, tolerance=1e-3) == "SAME_AS_BASE"
+    # In bfloat16 that much vanishes.
+    check_effect(same, same, [small], differs=True, tolerance=0.05)
+
+
+def test_an_engine_that_computes_nonsense_proves_nothing() -> None:
+    nan = float("nan")
+    trained = [probe([-1.0], [-1.4])]
+    assert reason_of(check_effect, [nan], [-1.4], trained, differs=True, tolerance=1e-3) == "EFFECT_TOO_SMALL"
 
 
 def test_tolerance_depends_on_the_type_of_the_weights() -> None:

@@ -58,13 +58,17 @@ def test_a_committed_step_is_read_back_as_it_was_written(tmp_path: Path) -> None
     assert abs(step.commit_time - time.time()) < 5
 
 
-def test_a_commit_moves_the_policy_version_with_it(tmp_path: Path) -> None:
+def test_a_version_is_in_use_once_its_push_is_recorded(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     attempt = new_run(ledger)
     for step in range(3):
         ledger.commit_step(attempt, record(step))
         run = ledger.get_run("demo")
-        assert (run.num_committed_steps, run.policy_version) == (step + 1, step + 1)
+        assert (run.num_committed_steps, run.policy_version) == (step + 1, step)
+        assert ledger.has_open_push("demo")
+        ledger.record_push(attempt, step + 1, {})
+        assert ledger.get_run("demo").policy_version == step + 1
+        assert not ledger.has_open_push("demo")
 
 
 @pytest.mark.parametrize("step", [0, 2, 7])
@@ -176,6 +180,91 @@ def test_cancelling_is_a_request_that_can_be_repeated(tmp_path: Path) -> None:
     assert ledger.request_cancel("demo").state is RunState.CANCELLED
 
 
+def test_a_repeated_cancellation_returns_the_first_answer_and_leaves_a_resumed_run_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt = new_run(ledger)
+    first = ledger.request_cancel("demo", request_id="one")
+    ledger.finish(attempt, RunState.CANCELLED)
+    ledger.begin_attempt("demo", request_id="two")
+    assert ledger.request_cancel("demo", request_id="one") == first
+    assert not ledger.get_run("demo").cancel_requested
+    assert ledger.find_answer("two", method="ResumeRun", run_id="demo") == ledger.get_run("demo")
+    assert ledger.find_answer("", method="ResumeRun", run_id="demo") is None
+    assert ledger.find_answer("three", method="ResumeRun", run_id="demo") is None
+    with pytest.raises(InvalidArgumentError) as caught:
+        ledger.request_cancel("demo", request_id="two")
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+
+
+def test_a_request_that_failed_is_not_remembered(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt = new_run(ledger)
+    with pytest.raises(FailedPreconditionError):
+        ledger.begin_attempt("demo", request_id="one")
+    ledger.finish(attempt, RunState.FAILED)
+    assert ledger.begin_attempt("demo", request_id="one").epoch == 2
+
+
+def test_old_answers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path)
+    new_run(ledger)
+    ledger.request_cancel("demo", request_id="one")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 8 * 86400)
+    ledger.request_cancel("demo", request_id="two")
+    assert ledger.find_answer("one", method="CancelRun", run_id="demo") is None
+    assert ledger.find_answer("two", method="CancelRun", run_id="demo") is not None
+
+
+def test_an_attempt_that_died_is_followed_by_another_one_a_few_times(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt: Attempt | None = new_run(ledger)
+    for epoch in (2, 3):
+        assert attempt is not None
+        attempt = ledger.restart_attempt(attempt, reason="killed", max_restarts=2)
+        assert attempt is not None and attempt.epoch == epoch
+        assert ledger.get_run("demo").state is RunState.PENDING
+    assert attempt is not None
+    assert ledger.restart_attempt(attempt, reason="killed", max_restarts=2) is None
+    run = ledger.get_run("demo")
+    assert (run.state, run.error) == (RunState.FAILED, "killed (2 restarts in a row brought no step)")
+
+
+def test_a_committed_step_renews_the_number_of_restarts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt: Attempt | None = new_run(ledger)
+    for step in range(4):
+        assert attempt is not None
+        ledger.commit_step(attempt, record(step))
+        attempt = ledger.restart_attempt(attempt, reason="killed", max_restarts=1)
+    assert attempt is not None and attempt.epoch == 5
+
+
+def test_an_attempt_that_is_over_or_was_to_be_cancelled_is_not_followed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt = new_run(ledger)
+    ledger.request_cancel("demo")
+    assert ledger.restart_attempt(attempt, reason="killed", max_restarts=5) is None
+    assert (ledger.get_run("demo").state, ledger.get_run("demo").error) == (RunState.CANCELLED, "")
+    second = ledger.begin_attempt("demo")
+    assert ledger.restart_attempt(attempt, reason="killed", max_restarts=5) is None
+    ledger.finish(second, RunState.SUCCEEDED)
+    assert ledger.restart_attempt(second, reason="killed", max_restarts=5) is None
+    assert ledger.get_run("demo").state is RunState.SUCCEEDED
+
+
+def test_the_newest_run_that_a_stop_interrupted_is_known_until_it_goes_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for run_id in ("one", "two"):
+        ledger.finish(new_run(ledger, run_id), RunState.FAILED, error="stopped", interrupted=True)
+    ledger.finish(new_run(ledger, "three"), RunState.FAILED, error="a defect")
+    interrupted = ledger.interrupted_run()
+    assert interrupted is not None and interrupted.run_id == "two"
+    ledger.finish(ledger.begin_attempt("two"), RunState.SUCCEEDED)
+    interrupted = ledger.interrupted_run()
+    assert interrupted is not None and interrupted.run_id == "one"
+
+
 @pytest.mark.parametrize("state", [RunState.SUCCEEDED, RunState.FAILED])
 def test_a_run_that_has_ended_cannot_be_cancelled(tmp_path: Path, state: RunState) -> None:
     ledger = Ledger(tmp_path)
@@ -227,10 +316,11 @@ def test_a_reader_never_sees_half_a_commit(tmp_path: Path) -> None:
     thread.start()
     for step in range(40):
         ledger.commit_step(attempt, record(step))
+        ledger.record_push(attempt, step + 1, {})
     done.set()
     thread.join()
     assert seen == sorted(seen)
-    assert all(committed == version for committed, version in seen)
+    assert all(committed - version in (0, 1) for committed, version in seen)
 
 
 def _commit_all(state_dir: str, barrier: object, results: object) -> None:

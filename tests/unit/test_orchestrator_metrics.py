@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tests.unit.run_inputs import step_record
 from tether_services.orchestrator.metrics import OrchestratorMetrics
 from tether_services.orchestrator.records import RunRecord, RunState
+from tether_services.orchestrator.remote import SERVICE_NAMES
 
 FAMILIES = {
     "tether_run_active",
@@ -19,6 +21,8 @@ FAMILIES = {
     "tether_generated_tokens_total",
     "tether_effective_tokens_total",
     "tether_samples_total",
+    "tether_samples_unaccounted",
+    "tether_breaker_open",
     "tether_policy_version",
     "tether_rollout_staleness_versions",
     "tether_adapter_push_duration_seconds",
@@ -150,3 +154,33 @@ def test_no_series_carries_a_run_id(tmp_path: Path) -> None:
     exported.metrics.observe_state(run_record(RunState.RUNNING))
     exported.metrics.observe_step(step_record(0))
     assert b"demo" not in generate_latest(exported.registry)
+
+
+def test_i1_what_a_step_asked_for_and_nobody_accounts_for_is_exported() -> None:
+    exported = Exported()
+    exported.metrics.observe_step(
+        step_record(0, samples_asked=9.0, samples_not_generated=2.0, samples_dropped=3.0, samples_abandoned=5.0)
+    )
+    assert exported.value("tether_samples_unaccounted") == 0
+    assert exported.value("tether_samples_total", state="not_generated") == 2
+    assert exported.value("tether_samples_total", state="abandoned") == 5
+    exported.metrics.observe_step(step_record(1, samples_asked=10.0, samples_not_generated=2.0, samples_dropped=3.0))
+    assert exported.value("tether_samples_unaccounted") == 1, "the control: one sample is nowhere"
+
+
+def test_a_step_of_a_version_that_did_not_count_what_it_asked_for_is_shown() -> None:
+    exported, old = Exported(), step_record(0)
+    new = ("samples_asked", "samples_not_generated", "samples_abandoned")
+    exported.metrics.observe_step(replace(old, metrics={k: v for k, v in old.metrics.items() if k not in new}))
+    assert exported.value("tether_samples_unaccounted") == 0
+
+
+def test_breakers_are_closed_until_a_run_says_otherwise() -> None:
+    exported = Exported()
+    for service in SERVICE_NAMES:
+        assert exported.value("tether_breaker_open", service=service) == 0
+    exported.metrics.show_breakers({"reward": True, "generator": False})
+    open_now = {service for service in SERVICE_NAMES if exported.value("tether_breaker_open", service=service)}
+    assert open_now == {"reward"}
+    exported.metrics.show_breakers({})
+    assert exported.value("tether_breaker_open", service="reward") == 0

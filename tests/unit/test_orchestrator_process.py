@@ -15,7 +15,7 @@ from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.engine import WorkerExit
 from tether_services.orchestrator.engines.process import ProcessEngine, read_last_line
 from tether_services.orchestrator.records import Attempt
-from tether_services.orchestrator.service import describe_exit
+from tether_services.orchestrator.supervisor import describe_exit
 
 
 def engine(code: str) -> ProcessEngine:

@@ -12,8 +12,10 @@ from tether.errors import InvalidArgumentError
 from tether_services.orchestrator.prompt_sources import load_prompt_lists
 from tether_services.orchestrator.prompts import (
     Prompt,
+    PromptSet,
     derive_seed,
     encode_prompts,
+    hash_prompts,
     read_prompts,
     split_prompts,
     step_prompts,
@@ -152,3 +154,17 @@ def test_the_order_depends_on_the_seed_and_not_on_earlier_steps() -> None:
     alone = step_prompts(PROMPTS, step=4, count=3, seed=1)
     assert alone == step_prompts(PROMPTS, step=4, count=3, seed=1)
     assert any(step_prompts(PROMPTS, step=4, count=3, seed=seed) != alone for seed in range(2, 6))
+
+
+def test_the_hash_of_the_prompts_changes_with_every_part_of_them() -> None:
+    first, second = Prompt("a", (1, 2)), Prompt("b", (12,))
+    sets = [
+        PromptSet((first, second), (), 0),
+        PromptSet((second, first), (), 0),
+        PromptSet((first,), (second,), 0),
+        PromptSet((first, Prompt("b", (1, 2))), (), 0),
+    ]
+    hashes = [hash_prompts(prompts) for prompts in sets]
+    assert len({*hashes, hash_prompts(sets[0], ["text"]), hash_prompts(sets[0], ["te", "xt"])}) == 6
+    assert hashes[0] == hash_prompts(PromptSet((Prompt("other text", (1, 2)), second), (), 5)), "the token ids count"
+    assert first.sha256 != Prompt("a", (12,)).sha256

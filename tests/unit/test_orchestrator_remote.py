@@ -1,10 +1,11 @@
-"""Calls to services: bounded repeats, and errors that name the service and its address."""
+"""Calls to services: bounded repeats from one budget, and errors that name the service and its address."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,11 @@ from tether.errors import (
 )
 from tether.reward import RewardClient
 from tether_services.orchestrator.config import OrchestratorSettings
-from tether_services.orchestrator.remote import MAX_BACKOFF_SECONDS, Remote, RetryPolicy, open_services
+from tether_services.orchestrator.remote import SERVICE_NAMES, BreakerStates, Remote, open_services
+from tether_services.orchestrator.retrying import MAX_BACKOFF_SECONDS, RetryBudget, RetryPolicy
+from tether_services.orchestrator.run_files import RunFiles
+from tether_services.orchestrator.session import show_breakers
+from tether_services.orchestrator.supervisor import read_breakers
 
 
 def fails_then_answers(*errors: TetherError) -> tuple[Callable[[object], Awaitable[str]], list[float]]:
@@ -35,19 +40,80 @@ def fails_then_answers(*errors: TetherError) -> tuple[Callable[[object], Awaitab
     return operation, made
 
 
-def call(operation: Callable[[object], Awaitable[str]], *, retries: int = 3, backoff: float = 0.001) -> str:
+def call(
+    operation: Callable[[object], Awaitable[str]], *, retries: int = 3, backoff: float = 0.001, budget: int = 100
+) -> str:
     async def main() -> str:
         async with RewardClient("127.0.0.1:50052") as client:
-            return await Remote("reward", client, RetryPolicy(retries, backoff)).call(operation)
+            return await Remote("reward", client, RetryPolicy(retries, backoff), RetryBudget(budget)).call(operation)
 
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("kind", [UnavailableError, ResourceExhaustedError])
-def test_a_service_that_is_away_or_full_is_called_again(kind: type[TetherError]) -> None:
-    operation, made = fails_then_answers(kind("x"), kind("y"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("away"),
+        DeadlineExceededError("no answer, or the answer was lost"),
+        ResourceExhaustedError("full", retry_after_seconds=0.001),
+    ],
+)
+def test_a_service_that_is_away_silent_or_full_is_called_again(error: TetherError) -> None:
+    operation, made = fails_then_answers(error, error)
     assert call(operation) == "answer"
     assert len(made) == 3
+
+
+def test_the_repeats_of_all_calls_come_from_one_budget_and_the_error_names_who_wanted_the_next() -> None:
+    budget = RetryBudget(3)
+
+    async def main() -> None:
+        async with RewardClient("127.0.0.1:50052") as client:
+            policy = RetryPolicy(10, 0.001)
+            for name, number in (("reward", 2), ("reference", 1)):
+                operation, made = fails_then_answers(*(UnavailableError("away") for _ in range(number)))
+                assert await Remote(name, client, policy, budget).call(operation) == "answer"
+            operation, made = fails_then_answers(*(DeadlineExceededError("late") for _ in range(9)))
+            with pytest.raises(ResourceExhaustedError, match=r"the 3 repeats .* spent.*generator.*late") as e:
+                await Remote("generator", client, policy, budget).call(operation)
+            assert e.value.reason == "RETRY_BUDGET_SPENT"
+            assert len(made) == 1
+            budget.refill()
+            operation, _ = fails_then_answers(UnavailableError("away"))
+            assert await Remote("reward", client, policy, budget).call(operation) == "answer"
+
+    asyncio.run(main())
+
+
+def test_while_the_breaker_is_open_nothing_is_sent_or_spent_and_the_next_try_follows_its_closing() -> None:
+    async def main() -> None:
+        budget = RetryBudget(3)
+        async with RewardClient("127.0.0.1:1", retries=False, breaker=True) as client:
+            assert client.breaker is not None
+            serving = asyncio.Event()
+
+            async def probe() -> bool:
+                return serving.is_set()
+
+            client.breaker._probe = probe  # the health of a service that the test is
+            operation, made = fails_then_answers(*(UnavailableError("away") for _ in range(3)))
+
+            async def guarded(client: RewardClient) -> str:
+                assert client.breaker is not None
+                return await client.breaker.call(lambda: operation(client))
+
+            calling = asyncio.create_task(Remote("reward", client, RetryPolicy(6, 0.02), budget).call(guarded))
+            while not client.breaker.is_open:
+                await asyncio.sleep(0.005)
+            sent = len(made)
+            await asyncio.sleep(0.3)
+            assert sent == len(made) == 3 and not calling.done()
+            serving.set()
+            assert await asyncio.wait_for(calling, 5) == "answer"
+            with pytest.raises(ResourceExhaustedError):
+                budget.spend("reward")
+
+    asyncio.run(main())
 
 
 def test_a_service_that_ends_its_calls_when_it_stops_is_away_and_the_run_is_not_cancelled() -> None:
@@ -71,7 +137,7 @@ def test_repeats_are_bounded_and_the_error_names_service_address_and_count() -> 
     "error",
     [
         InvalidArgumentError("bad", field="items[2]"),
-        DeadlineExceededError("late"),
+        ResourceExhaustedError("a message of 9 MiB; calling again cannot help"),
         FailedPreconditionError("no", reason="VERSION_NOT_LOADED"),
     ],
 )
@@ -129,3 +195,28 @@ def test_services_are_opened_at_the_configured_addresses_with_their_deadlines() 
         ("reward", "127.0.0.1:3", 12),
         ("reference", "127.0.0.1:4", 12),
     ]
+
+
+def test_a_service_that_goes_away_is_shown_as_an_open_breaker_and_its_calls_are_not_multiplied() -> None:
+    settings = OrchestratorSettings(reward_address="127.0.0.1:1", max_retries=4, retry_backoff_seconds=0.01)
+    seen: list[BreakerStates] = []
+
+    async def main() -> None:
+        async with open_services(settings, on_breaker=seen.append) as services:
+            with pytest.raises(UnavailableError, match=r"reward at 127\.0\.0\.1:1: UNAVAILABLE after 5 attempts"):
+                await services.reward.call(lambda client: client.list_reward_models())
+
+    asyncio.run(main())
+    closed = dict.fromkeys(SERVICE_NAMES, False)
+    assert seen == [closed, {**closed, "reward": True}]
+
+
+def test_what_a_worker_says_of_its_breakers_reaches_the_service_and_a_full_disk_stops_neither(tmp_path: Path) -> None:
+    assert read_breakers(tmp_path) == {}, "an attempt that has not said anything yet"
+    files = RunFiles(tmp_path)
+    for states in ({"reward": True, "generator": False}, {"reward": False, "generator": False}):
+        show_breakers(files, states)
+        assert read_breakers(tmp_path) == states
+    (tmp_path / "file").write_text("")
+    files.directory = tmp_path / "file"  # nothing can be written below it
+    show_breakers(files, {"reward": True})

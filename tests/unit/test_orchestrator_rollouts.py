@@ -16,12 +16,13 @@ from tether.generator import Completion, Generation
 from tether.reference import LogprobResult
 from tether.reward import ScoreResult
 from tether_services.orchestrator.loop import to_batch
-from tether_services.orchestrator.rollouts import Identities, Rollout, Span, check_generation
+from tether_services.orchestrator.records import SampleCounts
+from tether_services.orchestrator.rollouts import Identities, Rollout, Span, find_faults
 from tether_services.orchestrator.step_metrics import DROP_REASONS
 
 
-def check(made: Generation) -> tuple[list[Completion], Counter[str]]:
-    return check_generation(made, run_id="demo", policy_version=3, adapter_sha256="ab")
+def check(made: Generation) -> list[str]:
+    return find_faults(made, run_id="demo", policy_version=3, adapter_sha256="ab")
 
 
 def completion(
@@ -37,8 +38,7 @@ def generation(*completions: Completion, run_id: str = "demo", version: int = 3,
 
 
 def test_what_the_expected_policy_made_is_kept() -> None:
-    made = generation()
-    assert check(made) == (list(made.completions), Counter())
+    assert check(generation()) == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_what_the_expected_policy_made_is_kept() -> None:
     ],
 )
 def test_what_another_policy_made_is_dropped_whole(made: Generation, reason: str) -> None:
-    assert check(made) == ([], Counter({reason: 2}))
+    assert check(made) == [reason, reason]
     assert reason in DROP_REASONS
 
 
@@ -68,24 +68,36 @@ def test_what_another_policy_made_is_dropped_whole(made: Generation, reason: str
     ],
 )
 def test_a_completion_without_a_finite_logprob_for_each_token_is_dropped_alone(bad: Completion) -> None:
-    good = completion(token_ids=(9, 9))
-    assert check(generation(bad, good)) == ([good], Counter({"invalid_logprobs": 1}))
+    assert check(generation(bad, completion(token_ids=(9, 9)))) == ["invalid_logprobs", ""]
 
 
-def test_i1_generated_equals_trained_plus_dropped() -> None:
-    rollout = Rollout([scored_sample()] * 3, Counter(wrong_version=1, not_scored=1), num_generated=5)
-    rollout.check()
+def test_i1_asked_is_generated_or_not_and_generated_is_trained_or_dropped() -> None:
+    dropped = Counter(wrong_version=1, not_scored=1)
+    rollout = Rollout([scored_sample()] * 3, dropped, num_asked=6, num_generated=5, num_not_generated=1)
+    rollout.check(max_dropped=0.5)
+    assert rollout.counts == SampleCounts(6, 5, 3, {"wrong_version": 1, "not_scored": 1})
     rollout.num_generated = 6
     with pytest.raises(InternalError, match="6 generated, 3 kept and 2 dropped"):
-        rollout.check()
+        rollout.check(max_dropped=0.5)
+    rollout.num_generated, rollout.num_not_generated = 5, 0
+    with pytest.raises(InternalError, match="6 samples asked for, 5 generated and 0 not generated"):
+        rollout.check(max_dropped=0.5)
 
 
-def test_a_rollout_that_lost_too_much_says_why() -> None:
-    Rollout([scored_sample()] * 2, Counter(wrong_version=2), num_generated=4).check()
-    rollout = Rollout([scored_sample()], Counter(wrong_version=2, not_scored=1), num_generated=4)
-    with pytest.raises(FailedPreconditionError, match="not_scored 1, wrong_version 2") as caught:
-        rollout.check()
+@pytest.mark.parametrize(("limit", "passes"), [(0.8, True), (0.75, True), (0.74, False), (0.0, False)])
+def test_a_rollout_that_lost_more_than_is_allowed_says_why(limit: float, passes: bool) -> None:
+    dropped = Counter(wrong_version=1, not_scored=1)
+    rollout = Rollout([scored_sample()], dropped, num_asked=4, num_generated=3, num_not_generated=1)
+    if passes:
+        rollout.check(max_dropped=limit)
+        return
+    with pytest.raises(FailedPreconditionError, match="not_generated 1, not_scored 1, wrong_version 1") as caught:
+        rollout.check(max_dropped=limit)
     assert caught.value.reason == "SAMPLES_DROPPED"
+
+
+def test_nothing_is_lost_when_nothing_may_be() -> None:
+    Rollout([scored_sample()], num_asked=1, num_generated=1).check(max_dropped=0.0)
 
 
 def test_a_reference_that_changes_its_model_ends_the_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections import Counter
@@ -9,12 +10,12 @@ from collections import Counter
 import pytest
 
 from tests.unit.run_inputs import scored_sample
-from tether.errors import FailedPreconditionError
+from tether.errors import FailedPreconditionError, ResourceExhaustedError
 from tether_services.orchestrator.loop import check_update, warn_of_mismatch
 from tether_services.orchestrator.publishing import PushFigures
 from tether_services.orchestrator.rollouts import Rollout, Span
 from tether_services.orchestrator.step_metrics import DROP_REASONS, OPTIONAL_METRICS, STEP_METRICS
-from tether_services.orchestrator.step_record import StepClock, name_phase, summarise_step
+from tether_services.orchestrator.step_record import StepClock, name_phase, summarise_push, summarise_step
 from tether_services.orchestrator.trainer import UpdateReport
 
 PUSHED = PushFigures(
@@ -44,7 +45,10 @@ def rollout() -> Rollout:
     return Rollout(
         samples,
         Counter(not_scored=1),
+        num_asked=6,
         num_generated=4,
+        num_not_generated=2,
+        num_abandoned=7,
         generated_tokens=10,
         generate=Span(100.0, 104.0),
         score=Span(101.0, 105.5),
@@ -53,9 +57,10 @@ def rollout() -> Rollout:
 
 
 def test_the_figures_of_a_step_are_counted_from_its_samples() -> None:
-    metrics = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=77).metrics
+    metrics = summarise_step(3, rollout(), update_report(), SECONDS, adapter_bytes=77).metrics
     assert (metrics["samples_generated"], metrics["samples_trained"], metrics["samples_dropped"]) == (4, 3, 1)
-    assert [metrics[f"dropped_{reason}"] for reason in DROP_REASONS] == [0, 0, 0, 0, 1]
+    assert [metrics[f"dropped_{reason}"] for reason in DROP_REASONS] == [0, 0, 0, 0, 1, 0]
+    assert [metrics[f"samples_{state}"] for state in ("asked", "not_generated", "abandoned")] == [6, 2, 7]
     assert (metrics["generated_tokens"], metrics["effective_tokens"], metrics["tokens_per_second"]) == (10, 5, 2.5)
     assert metrics["score_mean"] == 1.0
     assert metrics["score_std"] == pytest.approx(math.sqrt(6.0))
@@ -65,25 +70,35 @@ def test_the_figures_of_a_step_are_counted_from_its_samples() -> None:
 
 
 def test_overlapping_phases_have_their_own_spans_and_waits() -> None:
-    metrics = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=1).metrics
+    metrics = summarise_step(3, rollout(), update_report(), SECONDS, adapter_bytes=1).metrics
     assert (metrics["rollout_seconds"], metrics["score_seconds"], metrics["ref_seconds"]) == (4.0, 4.5, 5.0)
     assert metrics["score_wait_seconds"] == 1.0
     assert metrics["train_wait_seconds"] == 2.0, "6 s of rollout phase, 4 s of generation"
-    stages = [metrics[f"push_{stage}_seconds"] for stage in ("serialize", "transfer", "verify", "load", "activate")]
-    assert stages == [0.25, 0.1, 0.2, 0.3, 0.4]
+    assert metrics["push_serialize_seconds"] == 0.25
+
+
+def test_a_push_adds_its_stages_and_the_whole_time() -> None:
+    figures = summarise_push(PUSHED, SECONDS | {"step_seconds": 23.0})
+    assert [figures[f"push_{stage}_seconds"] for stage in ("transfer", "verify", "load", "activate")] == [
+        *(0.1, 0.2, 0.3, 0.4)
+    ]
+    assert figures["push_seconds"] == 2.25, "with the serialisation, which comes before the commit"
+    assert (figures["step_seconds"], figures["probe_mean_abs_dlogp"]) == (23.0, 1e-6)
 
 
 def test_a_record_has_every_name_of_the_list_and_no_other() -> None:
-    record = summarise_step(3, rollout(), update_report(), SECONDS, PUSHED, adapter_bytes=1)
+    before_push = {name: value for name, value in SECONDS.items() if name != "push_seconds"}
+    record = summarise_step(3, rollout(), update_report(), before_push, adapter_bytes=1)
     assert (record.step, record.policy_version) == (3, 3)
-    assert set(STEP_METRICS) - set(record.metrics) <= OPTIONAL_METRICS
-    assert set(record.metrics) <= set(STEP_METRICS)
+    names = {*record.metrics, *summarise_push(PUSHED, SECONDS)}
+    assert set(STEP_METRICS) - names <= OPTIONAL_METRICS
+    assert names <= set(STEP_METRICS)
     assert record.distributions == {"score": [1.0, 4.0, -2.0], "response_length": [2, 1, 2]}
 
 
 def test_a_figure_that_is_undefined_is_left_out() -> None:
     report = update_report(explained_variance=math.nan)
-    assert "explained_variance" not in summarise_step(3, rollout(), report, SECONDS, PUSHED, adapter_bytes=1).metrics
+    assert "explained_variance" not in summarise_step(3, rollout(), report, SECONDS, adapter_bytes=1).metrics
 
 
 def test_the_clock_times_phases_and_the_step() -> None:
@@ -102,6 +117,15 @@ def test_an_error_says_in_which_step_and_phase_it_happened() -> None:
     assert caught.value.reason == "PROOF_FAILED"
     with pytest.raises(ZeroDivisionError), name_phase("anywhere"):
         raise ZeroDivisionError
+
+
+def test_a_full_disk_is_named_with_the_step_and_phase() -> None:
+    with pytest.raises(ResourceExhaustedError) as caught, StepClock().phase("checkpoint", 4):
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/demo/checkpoints")
+    assert caught.value.reason == "STORAGE_FULL"
+    assert caught.value.message.startswith("step 4, checkpoint: The disk of /runs/demo/checkpoints is full")
+    with pytest.raises(FileNotFoundError), name_phase("anywhere"):
+        raise FileNotFoundError
 
 
 def test_d1_a_first_step_whose_policy_is_not_the_reference_is_refused() -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
-from tether.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from tether.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
 from tether_services.runtime.batching import Batcher, BatchSettings
 from tether_services.runtime.metrics import QueueMetrics
 
@@ -35,7 +37,8 @@ def run(
 ) -> Engine:
     async def main() -> Engine:
         engine = Engine()
-        limits = BatchSettings.model_validate({"max_delay_seconds": 0.02, **settings})
+        delay = {"max_delay_seconds": 0.02} if settings.get("mix_calls", True) else {}
+        limits = BatchSettings.model_validate({**delay, **settings})
         metrics = QueueMetrics("toy", registry or CollectorRegistry(), queue_limit=limits.queue_limit)
         batcher = Batcher[int, int](engine.run, limits, metrics)
         batcher.start()
@@ -177,3 +180,126 @@ def test_queue_depth_and_batch_sizes_are_exact() -> None:
     assert registry.get_sample_value("tether_toy_batch_size_sum") == 5
     assert registry.get_sample_value("tether_toy_batch_tokens_sum") == 50
     assert registry.get_sample_value("tether_toy_queue_wait_seconds_count") == 5
+
+
+def test_an_engine_that_answers_for_another_number_of_items_fails_the_batch_and_not_the_worker() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        async def short(items: Sequence[int]) -> list[int]:
+            return [0] * (len(items) - 1) if 7 in items else [0] * len(items)
+
+        batcher._run = short
+        with pytest.raises(InternalError, match="0 results for 1 items"):
+            await asyncio.wait_for(one(batcher, 7), 2)
+        assert await one(batcher, 8) == 0
+
+    run(scenario)
+
+
+def kill_worker(batcher: Batcher[Any, Any]) -> None:
+    """Have the worker meet a defect at its next batch."""
+
+    def broken() -> list[object]:
+        raise ZeroDivisionError("a defect of the batcher")
+
+    batcher._take = broken  # type: ignore[method-assign, assignment]
+
+
+def test_a_worker_that_dies_fails_what_waits_is_told_at_once_and_refuses_what_comes() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        deaths: list[BaseException] = []
+        batcher.on_death = deaths.append
+        kill_worker(batcher)
+        with pytest.raises(UnavailableError) as caught:
+            await asyncio.wait_for(one(batcher, 1), 2)
+        assert caught.value.reason == "ENGINE_FAILED"
+        assert [type(death) for death in deaths] == [ZeroDivisionError]
+        for call in (one(batcher, 2), batcher.probe()):
+            with pytest.raises(UnavailableError, match="must be restarted"):
+                await asyncio.wait_for(call, 2)
+
+    run(scenario)
+
+
+def test_a_worker_that_is_cancelled_from_within_is_dead_too() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        deaths: list[BaseException] = []
+        batcher.on_death = deaths.append
+
+        async def cancelled(items: Sequence[int]) -> list[int]:
+            raise asyncio.CancelledError  # what an executor that was shut down answers
+
+        batcher._run = cancelled
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(one(batcher, 1), 2)
+        assert len(deaths) == 1
+
+    run(scenario)
+
+
+def test_an_orderly_end_is_no_death() -> None:
+    deaths: list[BaseException] = []
+
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        batcher.on_death = deaths.append
+        assert await one(batcher, 2) == 4
+        await batcher.close()
+
+    run(scenario)
+    assert deaths == []
+
+
+def test_a_probe_skips_the_queue() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        await asyncio.wait_for(batcher.probe(), 1)
+        engine.gate = asyncio.Event()
+        calls = [asyncio.create_task(one(batcher, i)) for i in range(100, 300)]
+        while not engine.batches:
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(batcher.probe(), 1)
+        engine.gate.set()
+        await asyncio.gather(*calls)
+        probes = [batcher.probe() for _ in range(3)]
+        await asyncio.wait_for(asyncio.gather(*probes), 1)
+
+    run(scenario, max_items=4, max_delay_seconds=0.0)
+
+
+def test_a_probe_does_not_shorten_the_wait_for_company() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        first = asyncio.create_task(one(batcher, 1))
+        await asyncio.sleep(0.05)
+        await batcher.probe()
+        second = asyncio.create_task(one(batcher, 2))
+        await asyncio.gather(first, second)
+
+    assert run(scenario, max_delay_seconds=0.3).batches == [[1, 2]]
+
+
+def test_b5_without_mixing_a_batch_is_of_one_call_and_waits_for_nobody() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        async def call(*items: int) -> list[int]:
+            return await batcher.submit_all([(item, 1) for item in items], key="same", timeout_seconds=5)
+
+        started = time.monotonic()
+        answers = await asyncio.gather(call(1, 2), call(3), call(4, 5, 6))
+        assert list(answers) == [[1, 4], [9], [16, 25, 36]]
+        assert time.monotonic() - started < 1
+
+    assert run(scenario, mix_calls=False).batches == [[1, 2], [3], [4, 5, 6]]
+
+
+def test_b5_without_mixing_a_large_call_is_split_the_same_way_every_time() -> None:
+    async def scenario(batcher: Batcher[int, int], engine: Engine) -> None:
+        for company in range(3):
+            others = [asyncio.create_task(one(batcher, 50)) for _ in range(company)]
+            await batcher.submit_all([(i, 1) for i in range(10)], timeout_seconds=5)
+            await asyncio.gather(*others)
+
+    batches = [batch for batch in run(scenario, mix_calls=False, max_items=4).batches if 50 not in batch]
+    assert batches == 3 * [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_delay_that_no_batch_would_wait_is_refused() -> None:
+    with pytest.raises(ValidationError, match="would be ignored"):
+        BatchSettings(mix_calls=False, max_delay_seconds=0.1)
+    assert BatchSettings(mix_calls=True, max_delay_seconds=0.1).max_delay_seconds == 0.1

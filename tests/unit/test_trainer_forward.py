@@ -195,6 +195,8 @@ def test_probe_logprobs_are_those_of_the_policy_at_temperature_1(trained: Traine
     probes = random_samples(3)
     rows = trained.compute_logprobs(probes, adapter="policy", temperature=1.0)
     assert trained.probe_logprobs(probes) == [row.tolist() for row in rows]
+    base = trained.compute_logprobs(probes, adapter="reference", temperature=1.0)
+    assert trained.base_logprobs(probes) == [row.tolist() for row in base] != trained.probe_logprobs(probes)
 
 
 def test_a_bfloat16_base_gives_float32_logprobs_close_to_float32(base: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tether.errors import (
     UnimplementedError,
 )
 from tether.generator import Completion, Generation, GeneratorClient, GeneratorState, Message, SamplingParams
-from tether.orchestrator import OrchestratorClient, Run, StepEvent
+from tether.orchestrator import OrchestratorClient, Run, SampleCounts, StepEvent, StepState
 from tether.reference import ItemLogprobs, LogprobItem, LogprobResult, ReferenceClient, ReferenceState
 from tether.reward import (
     CompareResult,
@@ -73,11 +73,13 @@ __all__ = [
     "RewardClient",
     "RewardModel",
     "Run",
+    "SampleCounts",
     "SamplingParams",
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",
     "StepEvent",
+    "StepState",
     "TetherError",
     "UnauthenticatedError",
     "UnavailableError",

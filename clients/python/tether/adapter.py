@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
-from uuid import uuid4
+from typing import TYPE_CHECKING, Literal, TypeVar
+from uuid import UUID, uuid4
 
+from tether.adapter_upload import ADAPTER_FILES, ATTEMPTS, AdapterUpload, LocalFiles, pause, read_files
 from tether.channel import ServiceClient
-from tether.errors import InvalidArgumentError, UnavailableError
+from tether.errors import InternalError, InvalidArgumentError, UnavailableError
 from tether.status import request_field
 from tether.v1 import adapter_pb2, adapter_pb2_grpc
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tether.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
 
 __all__ = [
+    "ADAPTER_FILES",
     "ActiveAdapter",
     "Adapter",
     "AdapterClient",
@@ -29,13 +30,6 @@ __all__ = [
     "CommitStage",
     "PushResult",
 ]
-
-ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-"""What an adapter folder must hold, in the order in which the bytes are sent. Other files stay at home."""
-MAX_CHUNK_BYTES: Final = 1024 * 1024
-"""Largest chunk that the contract allows."""
-ATTEMPTS: Final = 5
-"""Times a call with a request id is made, in all, while the generator cannot be reached."""
 
 ResultT = TypeVar("ResultT")
 AdapterState = Literal["loaded", "active", "retiring"]
@@ -54,6 +48,8 @@ class AdapterProbe:
     """At least 2 ids."""
     logprobs: Sequence[float]
     """Of token_ids[1:] at temperature 1; one fewer than token_ids."""
+    base_logprobs: Sequence[float] = ()
+    """The same without the adapter, from which the loaded one must then differ as much; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,37 +135,38 @@ class AdapterClient(ServiceClient):
     def _stub(self) -> AdapterServiceAsyncStub:
         return adapter_pb2_grpc.AdapterServiceStub(self._channel)
 
-    async def push(self, folder: Path, push: AdapterPush, *, timeout_seconds: float | None = None) -> PushResult:
+    async def push(
+        self,
+        folder: Path,
+        push: AdapterPush,
+        *,
+        epoch: int,
+        request_id: str = "",
+        timeout_seconds: float | None = None,
+    ) -> PushResult:
         """Send an adapter, have it verified, loaded and proven, and return it. It is not active yet.
 
-        While the generator cannot be reached, each stage is repeated with its request id a few times, and the bytes go
-        on from where the generator has them.
+        The bytes go in pieces of 8 MiB. What is lost, late or damaged on the way is sent again from where the generator
+        is, also after its restart; only several failures in a row without a byte more arriving end the push.
 
         Args:
             folder: Holds adapter_config.json and adapter_model.safetensors.
             push: What is declared about it.
-            timeout_seconds: Deadline of each of the calls.
+            epoch: Of the run's writer, 1 or more; the generator refuses writers with a lower one from now on.
+            request_id: UUID of this push, to repeat it later without a second effect; a new one else.
+            timeout_seconds: Deadline of each of the calls, of which every piece is one.
 
         Raises:
             InvalidArgumentError: A file is missing or a field is out of range.
+            AbortedError: STALE_EPOCH: a newer writer of the run has called.
             FailedPreconditionError: The generator refused the adapter; the reason names the check. Nothing was kept.
+            ResourceExhaustedError: STORAGE_FULL: the generator's disk is full. Nothing was kept.
             UnavailableError: The generator could not be reached several times in a row.
         """
-        files = await asyncio.to_thread(_read_files, folder)
-        data = b"".join(files.values())
-        begin = _begin_request(push, files)
-
-        async def begin_and_send() -> str:
-            upload = await self._call(self._stub.BeginPush, begin, timeout_seconds)
-            if upload.committed_offset < len(data):
-                await self._upload(self._stub.PushChunks, _chunks(upload, data), timeout_seconds)
-            return upload.upload_id
-
-        upload_id = await _repeat_while_unavailable(begin_and_send)
-        commit = adapter_pb2.CommitPushRequest(request_id=str(uuid4()), upload_id=upload_id)
-        return _push_result(
-            await _repeat_while_unavailable(lambda: self._call(self._stub.CommitPush, commit, timeout_seconds))
-        )
+        files = await asyncio.to_thread(read_files, folder)
+        begin = _begin_request(push, files, epoch=epoch, request_id=_request_id(request_id))
+        answer = await AdapterUpload(_Calls(self, timeout_seconds), begin).push(files)
+        return _push_result(answer, begin)
 
     async def activate(
         self,
@@ -179,12 +176,22 @@ class AdapterClient(ServiceClient):
         expected_run_id: str,
         expected_policy_version: int,
         epoch: int,
+        request_id: str = "",
         timeout_seconds: float | None = None,
     ) -> int:
         """Make a loaded version the one that new requests use, and return the version used before.
 
         A compare-and-set: the expected run and version must be the active ones. Repeated with its request id while the
-        generator cannot be reached.
+        generator cannot be reached; a repeat gets the first answer, even if something else was activated since.
+
+        Args:
+            run_id: The run that owns the version.
+            policy_version: The version; 0 is the base model.
+            expected_run_id: The run that must be active now; empty if none ever was.
+            expected_policy_version: The version that must be active now.
+            epoch: Of the run's writer.
+            request_id: UUID of this activation, to repeat it later without a second effect; a new one else.
+            timeout_seconds: Deadline of each of the calls.
 
         Raises:
             AbortedError: The expected state is not the actual one, or the epoch is stale.
@@ -192,25 +199,40 @@ class AdapterClient(ServiceClient):
         """
         with request_field("policy_version"):
             request = adapter_pb2.ActivateAdapterRequest(
-                request_id=str(uuid4()),
+                request_id=_request_id(request_id),
                 run_id=run_id,
                 policy_version=policy_version,
                 expected_run_id=expected_run_id,
                 expected_policy_version=expected_policy_version,
                 epoch=epoch,
             )
-        response = await _repeat_while_unavailable(
-            lambda: self._call(self._stub.ActivateAdapter, request, timeout_seconds)
-        )
+        response = await self._repeat(lambda: self._call(self._stub.ActivateAdapter, request, timeout_seconds))
         return response.previous_policy_version
 
-    async def rollback(self, run_id: str, *, expected_policy_version: int, timeout_seconds: float | None = None) -> int:
-        """Make the newest loaded version below the active one active again, and return it. Not repeated."""
+    async def rollback(
+        self,
+        run_id: str,
+        *,
+        expected_policy_version: int,
+        epoch: int,
+        request_id: str = "",
+        timeout_seconds: float | None = None,
+    ) -> int:
+        """Make the newest loaded version below the active one active again, and return it. Repeated as `activate`.
+
+        Raises:
+            AbortedError: Another version is active, or the epoch is stale.
+            FailedPreconditionError: There is no version below.
+        """
         with request_field("expected_policy_version"):
             request = adapter_pb2.RollbackAdapterRequest(
-                request_id=str(uuid4()), run_id=run_id, expected_policy_version=expected_policy_version
+                request_id=_request_id(request_id),
+                run_id=run_id,
+                expected_policy_version=expected_policy_version,
+                epoch=epoch,
             )
-        return (await self._call(self._stub.RollbackAdapter, request, timeout_seconds)).policy_version
+        response = await self._repeat(lambda: self._call(self._stub.RollbackAdapter, request, timeout_seconds))
+        return response.policy_version
 
     async def list_adapters(self, *, timeout_seconds: float | None = None) -> tuple[Adapter, ...]:
         """Return the stored adapters of all runs, oldest first."""
@@ -231,71 +253,102 @@ class AdapterClient(ServiceClient):
         adapter = _adapter(response.adapter) if response.HasField("adapter") else None
         return ActiveAdapter(response.run_id, response.policy_version, adapter)
 
-    async def delete(self, run_id: str, policy_version: int, *, timeout_seconds: float | None = None) -> None:
-        """Unload and delete a version once no request uses it. Not repeated: the second answer would be NOT_FOUND."""
+    async def delete(
+        self,
+        run_id: str,
+        policy_version: int,
+        *,
+        epoch: int,
+        request_id: str = "",
+        timeout_seconds: float | None = None,
+    ) -> None:
+        """Unload and delete a version once no request uses it. Repeated as `activate`.
+
+        Raises:
+            AbortedError: The epoch is stale.
+            FailedPreconditionError: The version is active.
+            NotFoundError: There is none, perhaps because the generator was restarted in between.
+        """
         with request_field("policy_version"):
             request = adapter_pb2.DeleteAdapterRequest(
-                request_id=str(uuid4()), run_id=run_id, policy_version=policy_version
+                request_id=_request_id(request_id), run_id=run_id, policy_version=policy_version, epoch=epoch
             )
-        await self._call(self._stub.DeleteAdapter, request, timeout_seconds)
+        await self._repeat(lambda: self._call(self._stub.DeleteAdapter, request, timeout_seconds))
+
+    async def _repeat(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """Return the call's result, made again a bounded number of times after UNAVAILABLE unless the caller does that.
+
+        Only for calls that carry a request id: their repeat has no second effect.
+        """
+        for attempt in range(1, ATTEMPTS if self._retries else 1):
+            try:
+                return await call()
+            except UnavailableError:
+                await pause(attempt)
+        return await call()
 
 
-async def _repeat_while_unavailable(call: Callable[[], Awaitable[ResultT]]) -> ResultT:
-    """Return the call's result, making it again a bounded number of times after UNAVAILABLE.
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """The calls of a push on a client's channel."""
 
-    Only for calls that carry a request id, or start with one: their repeat has no second effect.
-    """
-    for attempt in range(1, ATTEMPTS):
-        try:
-            return await call()
-        except UnavailableError:
-            await asyncio.sleep(0.1 * 2**attempt)
-    return await call()
+    client: AdapterClient
+    timeout_seconds: float | None
+
+    async def begin(self, request: adapter_pb2.BeginPushRequest) -> adapter_pb2.BeginPushResponse:
+        return await self.client._call(self.client._stub.BeginPush, request, self.timeout_seconds)
+
+    async def send(self, chunks: AsyncIterator[adapter_pb2.PushChunksRequest]) -> adapter_pb2.PushChunksResponse:
+        return await self.client._upload(self.client._stub.PushChunks, chunks, self.timeout_seconds)
+
+    async def commit(self, request: adapter_pb2.CommitPushRequest) -> adapter_pb2.CommitPushResponse:
+        return await self.client._call(self.client._stub.CommitPush, request, self.timeout_seconds)
 
 
-def _read_files(folder: Path) -> dict[str, bytes]:
-    """Return the content of each adapter file.
+def _request_id(given: str) -> str:
+    """Return the caller's UUID in its canonical form, or a new one.
 
     Raises:
-        InvalidArgumentError: One cannot be read.
+        InvalidArgumentError: It is none.
     """
     try:
-        return {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
-    except OSError as error:
-        raise InvalidArgumentError(f"Cannot read {error.filename}: {error.strerror}.", field="folder") from error
+        return str(UUID(given) if given else uuid4())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InvalidArgumentError(f"{given!r} is not a UUID.", field="request_id") from error
 
 
-def _begin_request(push: AdapterPush, files: dict[str, bytes]) -> adapter_pb2.BeginPushRequest:
-    declared = [
-        adapter_pb2.AdapterFile(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        for name, data in files.items()
-    ]
+def _begin_request(
+    push: AdapterPush, files: LocalFiles, *, epoch: int, request_id: str
+) -> adapter_pb2.BeginPushRequest:
+    probes = [(probe.token_ids, probe.logprobs, probe.base_logprobs) for probe in push.probes]
     with request_field("push"):
         return adapter_pb2.BeginPushRequest(
-            request_id=str(uuid4()),
+            request_id=request_id,
             run_id=push.run_id,
             policy_version=push.policy_version,
             base_model_sha256=push.base_model_sha256,
             rank=push.rank,
             target_modules=push.target_modules,
-            files=declared,
-            probes=[adapter_pb2.AdapterProbe(token_ids=p.token_ids, logprobs=p.logprobs) for p in push.probes],
+            files=files.declare(),
+            probes=[adapter_pb2.AdapterProbe(token_ids=t, logprobs=p, base_logprobs=b) for t, p, b in probes],
             differs_from_base=push.differs_from_base,
+            epoch=epoch,
         )
 
 
-async def _chunks(upload: adapter_pb2.BeginPushResponse, data: bytes) -> AsyncIterator[adapter_pb2.PushChunksRequest]:
-    """Yield what the generator does not have yet."""
-    size = min(upload.max_chunk_bytes or MAX_CHUNK_BYTES, MAX_CHUNK_BYTES)
-    for offset in range(upload.committed_offset, len(data), size):
-        yield adapter_pb2.PushChunksRequest(
-            upload_id=upload.upload_id, offset=offset, data=data[offset : offset + size]
-        )
+def _push_result(response: adapter_pb2.CommitPushResponse, begin: adapter_pb2.BeginPushRequest) -> PushResult:
+    """Return the result if it is about what was pushed.
 
-
-def _push_result(response: adapter_pb2.CommitPushResponse) -> PushResult:
+    Raises:
+        InternalError: The generator took something else in: the declaration was damaged on the way.
+    """
+    adapter = _adapter(response.adapter)
+    pushed = (begin.run_id, begin.policy_version, begin.files[-1].sha256)
+    if (adapter.run_id, adapter.policy_version, adapter.sha256) != pushed:
+        message = f"the generator has taken in version {adapter.policy_version} of run {adapter.run_id} in its place"
+        raise InternalError(f"Version {begin.policy_version} of run {begin.run_id}: {message}; delete that one.")
     return PushResult(
-        adapter=_adapter(response.adapter),
+        adapter=adapter,
         stages=tuple(CommitStage(stage.name, stage.duration_seconds) for stage in response.stages),
         mean_abs_dlogp=response.mean_abs_dlogp,
     )

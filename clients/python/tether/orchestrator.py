@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
+from uuid import uuid4
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -19,7 +20,7 @@ from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 if TYPE_CHECKING:
     from tether.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub
 
-__all__ = ["FINAL_STATES", "OrchestratorClient", "Run", "RunState", "StepEvent"]
+__all__ = ["FINAL_STATES", "OrchestratorClient", "Run", "RunState", "SampleCounts", "StepEvent", "StepState"]
 
 RunState = Literal["pending", "running", "succeeded", "failed", "cancelled"]
 FINAL_STATES: Final[frozenset[RunState]] = frozenset({"succeeded", "failed", "cancelled"})
@@ -80,6 +81,42 @@ class StepEvent:
     """When it was committed, in UTC."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleCounts:
+    """What became of the samples of a step: generated = trained + the sum of dropped."""
+
+    asked: int
+    """Completions asked for."""
+    generated: int
+    """Completions that arrived."""
+    trained: int
+    """Completions that were trained on."""
+    dropped: Mapping[str, int]
+    """Completions that were not, by reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """One committed step as the ledger has it."""
+
+    step: int
+    """Step number, from 0."""
+    policy_version: int
+    """Version that sampled it."""
+    adapter_sha256: str
+    """SHA-256 (hex) of the adapter that it made."""
+    epoch: int
+    """Attempt that committed it."""
+    samples: SampleCounts
+    """Its samples."""
+    checkpoint: str
+    """Folder of its checkpoint below the run's, empty once removed."""
+    checkpoint_sha256: str
+    """Content hash (hex SHA-256) of that checkpoint."""
+    commit_time: datetime
+    """When it was committed, in UTC."""
+
+
 class OrchestratorClient(ServiceClient):
     """Starts, watches and stops training runs."""
 
@@ -115,15 +152,41 @@ class OrchestratorClient(ServiceClient):
             if not token:
                 return tuple(runs)
 
-    async def cancel_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
-        """Stop a run after its current step at the latest, and return it."""
-        request = orchestrator_pb2.CancelRunRequest(run_id=run_id)
+    async def cancel_run(self, run_id: str, *, request_id: str = "", timeout_seconds: float | None = None) -> Run:
+        """Stop a run after its current step at the latest, and return it.
+
+        Args:
+            run_id: Its name.
+            request_id: UUID of the request; repeat a call whose answer was lost with the same one. Empty: a new one.
+            timeout_seconds: Deadline of the call.
+        """
+        request = orchestrator_pb2.CancelRunRequest(run_id=run_id, request_id=request_id or str(uuid4()))
         return _run((await self._call(self._stub.CancelRun, request, timeout_seconds)).run)
 
-    async def resume_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
-        """Continue a failed or cancelled run from its last committed step, and return it."""
-        request = orchestrator_pb2.ResumeRunRequest(run_id=run_id)
+    async def resume_run(self, run_id: str, *, request_id: str = "", timeout_seconds: float | None = None) -> Run:
+        """Continue a failed or cancelled run from its last committed step, and return it.
+
+        Args:
+            run_id: Its name.
+            request_id: UUID of the request; repeat a call whose answer was lost with the same one. Empty: a new one.
+            timeout_seconds: Deadline of the call.
+        """
+        request = orchestrator_pb2.ResumeRunRequest(run_id=run_id, request_id=request_id or str(uuid4()))
         return _run((await self._call(self._stub.ResumeRun, request, timeout_seconds)).run)
+
+    async def list_steps(
+        self, run_id: str, *, first_step: int = 0, timeout_seconds: float | None = None
+    ) -> tuple[StepState, ...]:
+        """Return the committed steps from `first_step` on, in order. NotFoundError if there is no such run."""
+        steps: list[StepState] = []
+        following: int | None = first_step
+        while following is not None:
+            with request_field("first_step"):
+                request = orchestrator_pb2.ListStepsRequest(run_id=run_id, first_step=following, page_size=1000)
+            page = await self._call(self._stub.ListSteps, request, timeout_seconds)
+            steps += [_step_state(step) for step in page.steps]
+            following = page.next_step if page.HasField("next_step") else None
+        return tuple(steps)
 
     async def watch_run(
         self, run_id: str, *, first_step: int = 0, stream_seconds: float = 300.0
@@ -172,6 +235,20 @@ def _event(response: orchestrator_pb2.WatchRunResponse) -> StepEvent | Run:
     step = response.step
     metrics = {metric.name: metric.value for metric in step.metrics}
     return StepEvent(step.step, step.policy_version, metrics, _time(step.commit_time))
+
+
+def _step_state(step: orchestrator_pb2.StepState) -> StepState:
+    counts = step.samples
+    return StepState(
+        step=step.step,
+        policy_version=step.policy_version,
+        adapter_sha256=step.adapter_sha256,
+        epoch=step.epoch,
+        samples=SampleCounts(counts.asked, counts.generated, counts.trained, dict(counts.dropped)),
+        checkpoint=step.checkpoint,
+        checkpoint_sha256=step.checkpoint_sha256,
+        commit_time=_time(step.commit_time),
+    )
 
 
 def _run(run: orchestrator_pb2.Run) -> Run:

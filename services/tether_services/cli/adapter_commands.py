@@ -109,7 +109,7 @@ async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
         version = known.policy_version or await _choose_version(client, known.run_id, known.folder)
         # The generator is there; only now load the model, which takes long.
         declared = await asyncio.to_thread(_declare, known, config, version)
-        result = await client.push(known.folder, declared)
+        result = await client.push(known.folder, declared, epoch=EPOCH)
         print(
             f"pushed as version {version} of run {known.run_id}; off by {result.mean_abs_dlogp:.2g} nats per token from"
             " base and adapter here",
@@ -177,7 +177,7 @@ def find_base(folder: Path, config: Mapping[str, Any], *, given: str | None) -> 
 
 
 def compute_probes(base: Path, folder: Path) -> list[AdapterProbe]:
-    """Return some texts with the log-probabilities that base and adapter together give their tokens, in float32.
+    """Return some texts with the log-probabilities of their tokens, with the adapter and without it, in float32.
 
     Raises:
         InvalidArgumentError: The base is no causal language model with a tokenizer, or the adapter does not fit it.
@@ -195,7 +195,9 @@ def compute_probes(base: Path, folder: Path) -> list[AdapterProbe]:
     except (ValueError, RuntimeError, TypeError, KeyError) as error:  # PEFT's answers to what does not fit
         raise InvalidArgumentError(f"the adapter does not fit the base {base}: {error}", field="base") from error
     rows = [codec.encode(text, add_special_tokens=True)[:PROBE_TOKENS] for text in PROBE_TEXTS]
-    return [AdapterProbe(row, _logprobs(adapted, row)) for row in rows]
+    with adapted.disable_adapter():
+        bare = [_logprobs(adapted, row) for row in rows]
+    return [AdapterProbe(row, _logprobs(adapted, row), base) for row, base in zip(rows, bare, strict=True)]
 
 
 def _logprobs(model: Any, token_ids: Sequence[int]) -> list[float]:

@@ -126,6 +126,7 @@ def _add_run(commands: Commands) -> None:
     texts = {
         "start": "start a run",
         "get": "show a run",
+        "show": "show a run and, with --steps, what each of its steps left behind",
         "list": "list the runs, newest first",
         "watch": "show the progress of a run until it has ended",
         "cancel": "stop a run after its current step",
@@ -141,6 +142,10 @@ def _add_run(commands: Commands) -> None:
             inner.add_argument("--watch", action="store_true", help="show its progress until it has ended")
         if action == "start":
             _add_run_config(inner)
+        if action == "show":
+            inner.set_defaults(run=_show)
+            inner.add_argument("--steps", action="store_true", help="with samples, adapter and checkpoint of each step")
+            inner.add_argument("--json", action="store_true", help="print JSON")
         if action == "watch":
             inner.add_argument("--first-step", type=int, default=0, metavar="N", help="first step to show (0)")
 
@@ -217,6 +222,12 @@ def _demo(known: argparse.Namespace) -> int:
     from tether_services.demo.demo import run_demo
 
     return run_demo(known)
+
+
+def _show(known: argparse.Namespace) -> int:
+    from tether_services.cli.run_commands import show
+
+    return show(known)
 
 
 def _run(known: argparse.Namespace) -> int:

@@ -9,21 +9,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
+from tether.errors import AbortedError, FailedPreconditionError, NotFoundError, TetherError, UnavailableError
 from tether_services.generator.engine import Engine, LoadedAdapter
 from tether_services.generator.metrics import GeneratorMetrics
 from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Declaration
+from tether_services.runtime.fault_points import reach
 from tether_services.runtime.logging import log_event
 
 log = logging.getLogger(__name__)
 
-MAX_EPOCHS = 4096
-"""Runs whose epochs are remembered."""
+KEEP_RUNS = 4
+"""Runs whose newest versions stay loaded: those that pushed last, and the active one."""
+UNLOAD_PAUSES = (0.5, 2.0)
+"""Seconds before a failed unload is tried again; after the last one, at the next change of versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class AdapterVersion:
     """Requests in flight that use it."""
     retiring: bool = False
     """True once new requests are refused."""
+    unloading: bool = False
+    """True while it is taken out of the engine."""
 
 
 class AdapterRegistry:
@@ -88,22 +93,22 @@ class AdapterRegistry:
         self._storage = storage
         self._metrics = metrics
         self._keep_versions = keep_versions
-        self._versions: dict[tuple[str, int], AdapterVersion] = {}
-        self._epochs: dict[str, int] = {}
+        self._versions: dict[int, AdapterVersion] = {}
         self._disposals: set[asyncio.Task[None]] = set()
         self.active = Active()
 
     def find(self, run_id: str, policy_version: int) -> AdapterVersion | None:
-        """Return a version, retiring or not; None if there is none."""
-        return self._versions.get((run_id, policy_version))
+        """Return a version that requests may use; None if there is none. One that is being retired does not count."""
+        key = (run_id, policy_version)
+        return next((v for v in self._versions.values() if v.declaration.key == key and not v.retiring), None)
 
     def all(self) -> list[AdapterVersion]:
-        """Return every version, oldest first."""
+        """Return every version, oldest first, also those being retired: of these, some may share a number."""
         return list(self._versions.values())
 
     def is_active(self, version: AdapterVersion) -> bool:
         """Return whether requests without a pin use it."""
-        return version.declaration.key == (self.active.run_id, self.active.policy_version)
+        return version is self.find(self.active.run_id, self.active.policy_version)
 
     def pinnable_versions(self) -> list[int]:
         """Return the versions of the active run that a request may name, ascending, 0 included."""
@@ -119,7 +124,8 @@ class AdapterRegistry:
             policy_version: The version wanted; None for the active one.
 
         Raises:
-            FailedPreconditionError: Another run is active, or the version is not loaded.
+            FailedPreconditionError: Another run is active, or the pinned version is not loaded.
+            UnavailableError: ADAPTER_MISSING: what was active before a restart is not there yet.
         """
         if run_id and run_id != self.active.run_id:
             raise FailedPreconditionError(
@@ -131,13 +137,9 @@ class AdapterRegistry:
         if wanted == 0:
             yield Policy(self.active.run_id, 0, None)
             return
-        version = self._loaded(self.active.run_id, wanted)
+        version = self.find(self.active.run_id, wanted)
         if version is None:
-            raise FailedPreconditionError(
-                f"Version {wanted} is not loaded; {self.pinnable_versions()} are. Push it, then call again.",
-                field="policy_version",
-                reason="VERSION_NOT_LOADED",
-            )
+            raise self._missing(wanted, pinned=policy_version is not None)
         version.request_count += 1
         try:
             yield Policy(version.adapter.run_id, wanted, version.adapter)
@@ -145,42 +147,46 @@ class AdapterRegistry:
             version.request_count -= 1
             self._dispose_if_idle(version)
 
+    def _missing(self, version: int, *, pinned: bool) -> TetherError:
+        if pinned:
+            return FailedPreconditionError(
+                f"Version {version} is not loaded; {self.pinnable_versions()} are. Push it, then call again.",
+                field="policy_version",
+                reason="VERSION_NOT_LOADED",
+            )
+        return UnavailableError(
+            f"Version {version} of run {self.active.run_id} was active before a restart and could not be loaded again."
+            " Push it, or activate another one.",
+            reason="ADAPTER_MISSING",
+        )
+
     def add(self, version: AdapterVersion) -> None:
         """Take a proven version in; the oldest ones may have to go."""
-        self._versions[version.declaration.key] = version
+        self._versions[version.adapter.number] = version
         self._retire_old()
 
-    def activate(self, wanted: Active, *, expected: Active, epoch: int) -> int:
-        """Make a version the active one and return the version that was active before.
+    def check_activation(self, wanted: Active, expected: Active) -> None:
+        """Refuse to make a version the active one; nothing to refuse where it is.
 
         Raises:
-            AbortedError: The epoch is stale, or the active version is not the expected one.
+            AbortedError: The active version is not the expected one.
             NotFoundError: The version is not loaded.
         """
-        if epoch < self._epochs.get(wanted.run_id, 0):
+        if wanted == self.active:
+            return
+        if expected != self.active:
             raise AbortedError(
-                f"Epoch {epoch} of run {wanted.run_id} is older than {self._epochs[wanted.run_id]}: fenced off.",
-                field="epoch",
-                reason="STALE_EPOCH",
+                f"Run {self.active.run_id!r} version {self.active.policy_version} is active, "
+                f"not run {expected.run_id!r} version {expected.policy_version}.",
+                field="expected_policy_version",
             )
-        previous = self.active
-        if wanted != previous:
-            if expected != previous:
-                raise AbortedError(
-                    f"Run {previous.run_id!r} version {previous.policy_version} is active, "
-                    f"not run {expected.run_id!r} version {expected.policy_version}.",
-                    field="expected_policy_version",
-                )
-            if wanted.policy_version and self._loaded(wanted.run_id, wanted.policy_version) is None:
-                raise NotFoundError(
-                    f"Version {wanted.policy_version} of run {wanted.run_id} is not loaded.", field="policy_version"
-                )
-            self._switch(wanted)
-        self._remember_epoch(wanted.run_id, epoch)
-        return previous.policy_version
+        if wanted.policy_version and self.find(wanted.run_id, wanted.policy_version) is None:
+            raise NotFoundError(
+                f"Version {wanted.policy_version} of run {wanted.run_id} is not loaded.", field="policy_version"
+            )
 
-    def roll_back(self, expected: Active) -> int:
-        """Activate the newest loaded version below the active one and return it.
+    def find_below(self, expected: Active) -> Active:
+        """Return the newest loaded version below the active one.
 
         Raises:
             AbortedError: The active version is not the expected one.
@@ -196,9 +202,14 @@ class AdapterRegistry:
             raise FailedPreconditionError(
                 "The base model is active: there is no version below.", reason="NOTHING_BELOW"
             )
-        self._switch(Active(self.active.run_id, below[-1]))
-        self._metrics.rollbacks.inc()
-        return below[-1]
+        return Active(self.active.run_id, below[-1])
+
+    def switch(self, wanted: Active) -> None:
+        """Have requests without a pin use a version from now on."""
+        self.active = wanted
+        self._metrics.policy_version.set(wanted.policy_version)
+        log_event(log, "adapter activated", run_id=wanted.run_id, policy_version=wanted.policy_version)
+        self._retire_old()
 
     def delete(self, run_id: str, policy_version: int) -> None:
         """Retire a version.
@@ -207,7 +218,7 @@ class AdapterRegistry:
             NotFoundError: It is not loaded, or is being retired already.
             FailedPreconditionError: It is active.
         """
-        version = self._loaded(run_id, policy_version)
+        version = self.find(run_id, policy_version)
         if version is None:
             raise NotFoundError(f"Version {policy_version} of run {run_id} is not loaded.", field="policy_version")
         if self.is_active(version):
@@ -216,52 +227,72 @@ class AdapterRegistry:
             )
         self._retire(version)
 
+    async def make_room(self, size_bytes: int, *, run_id: str) -> bool:
+        """Let the oldest version go that is of a run which neither is active nor `run_id`.
+
+        Returns:
+            Whether there was one. If all of them together are less than `size_bytes`, they stay.
+        """
+        kept = (self.active.run_id, run_id)
+        idle = [v for v in self._versions.values() if not v.retiring and v.declaration.run_id not in kept]
+        if not idle or sum(version.declaration.size_bytes for version in idle) < size_bytes:
+            return False
+        self._retire(idle[0])
+        await self.settle()
+        return True
+
     async def settle(self) -> None:
-        """Wait until every retired version without requests is gone."""
+        """Wait until every retired version without requests is gone, or the engine has refused a few times."""
         while self._disposals:
             await asyncio.gather(*self._disposals, return_exceptions=True)
 
-    def _loaded(self, run_id: str, policy_version: int) -> AdapterVersion | None:
-        version = self._versions.get((run_id, policy_version))
-        return None if version is None or version.retiring else version
-
-    def _switch(self, wanted: Active) -> None:
-        self.active = wanted
-        self._metrics.policy_version.set(wanted.policy_version)
-        log_event(log, "adapter activated", run_id=wanted.run_id, policy_version=wanted.policy_version)
-        self._retire_old()
-
-    def _remember_epoch(self, run_id: str, epoch: int) -> None:
-        self._epochs.pop(run_id, None)
-        self._epochs[run_id] = epoch
-        if len(self._epochs) > MAX_EPOCHS:
-            del self._epochs[next(iter(self._epochs))]
-
     def _retire_old(self) -> None:
-        """Retire all but the newest ones (in the order of their commits) and the active one."""
-        loaded = [version for version in self._versions.values() if not version.retiring]
-        for version in loaded[: -self._keep_versions]:
-            if not self.is_active(version):
-                self._retire(version)
+        """Retire what is neither active nor among the newest versions (in order of commit) of the newest runs."""
+        loaded: dict[str, list[AdapterVersion]] = {}
+        for version in self._versions.values():
+            if not version.retiring:
+                run_id = version.declaration.run_id
+                loaded[run_id] = [*loaded.pop(run_id, []), version]  # to the end: the run that pushed last
+        kept_runs = {*list(loaded)[-KEEP_RUNS:], self.active.run_id}
+        for run_id, versions in loaded.items():
+            for version in versions[: -self._keep_versions] if run_id in kept_runs else versions:
+                if not self.is_active(version):
+                    self._retire(version)
+        for version in self.all():  # what an engine has refused to unload
+            self._dispose_if_idle(version)
 
     def _retire(self, version: AdapterVersion) -> None:
         version.retiring = True
+        self._storage.disown(version.adapter.folder)
         self._dispose_if_idle(version)
 
     def _dispose_if_idle(self, version: AdapterVersion) -> None:
-        if version.retiring and version.request_count == 0:
+        if version.retiring and version.request_count == 0 and not version.unloading:
+            version.unloading = True
             task = asyncio.create_task(self._dispose(version))
             self._disposals.add(task)
             task.add_done_callback(self._disposals.discard)
 
     async def _dispose(self, version: AdapterVersion) -> None:
         """Unload, then delete: an engine may read the folder of a loaded adapter again at any time."""
-        fields: dict[str, Any] = {"run_id": version.adapter.run_id, "policy_version": version.adapter.policy_version}
-        try:
-            await self._engine.unload_adapter(version.adapter)
-        except Exception as error:  # whatever an engine raises: the version stays unusable and its folder stays
-            log_event(log, "unload failed", level=logging.ERROR, error=str(error), **fields)
+        if not await self._unload(version.adapter):
+            version.unloading = False
             return
+        with suppress(OSError):
+            reach("retire.unloaded")
         await asyncio.to_thread(self._storage.remove, version.adapter.folder)
-        self._versions.pop(version.declaration.key, None)
-        log_event(log, "adapter retired", **fields)
+        self._versions.pop(version.adapter.number, None)
+        log_event(log, "adapter retired", run_id=version.adapter.run_id, policy_version=version.adapter.policy_version)
+
+    async def _unload(self, adapter: LoadedAdapter) -> bool:
+        """Take an adapter out of the engine and return whether it is out, after a few tries."""
+        for pause in (*UNLOAD_PAUSES, None):
+            try:
+                await self._engine.unload_adapter(adapter)
+                return True
+            except Exception as error:  # whatever an engine raises: the version stays unusable and its folder stays
+                fields: dict[str, Any] = {"run_id": adapter.run_id, "policy_version": adapter.policy_version}
+                log_event(log, "unload failed", level=logging.ERROR, error=str(error), **fields)
+            if pause is not None:
+                await asyncio.sleep(pause)
+        return False

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether.v1 import adapter_pb2, adapter_pb2_grpc
 from tether_services.generator.adapters import Active, AdapterRegistry, AdapterVersion
 from tether_services.generator.engine import EngineDescription
+from tether_services.generator.fence import Fence
+from tether_services.generator.pointer import ActivePointer
 from tether_services.generator.pushes import AdapterPushes
-from tether_services.generator.uploads import MAX_CHUNK_BYTES, Declaration, DeclaredFile, Probe, Upload, Uploads
+from tether_services.generator.requests import RequestLedger, check_request_id
+from tether_services.generator.uploads import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    Declaration,
+    DeclaredFile,
+    Probe,
+    Upload,
+    Uploads,
+)
 from tether_services.generator.verification import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, check_targets
 from tether_services.runtime.checks import check_name, check_page, check_range, check_sha256, check_token_ids
 
@@ -26,13 +35,26 @@ MAX_PROBES = 16
 MAX_PROBE_TOKENS = 256
 MAX_TARGET_MODULES = 64
 MAX_VERSION = 2**53
-EffectRequest: TypeAlias = "adapter_pb2.ActivateAdapterRequest | adapter_pb2.RollbackAdapterRequest"
-MAX_LEDGER = 1024
-"""Calls with an effect whose results are remembered for a repeat."""
+MAX_EPOCH = 2**53
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 DescribeEngine = Callable[[], EngineDescription]
-ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterParts:
+    """What holds the adapters of a generator."""
+
+    adapters: AdapterRegistry
+    """The versions."""
+    fence: Fence
+    """Who may change them."""
+    pointer: ActivePointer
+    """Which one is active."""
+    uploads: Uploads
+    """Those that are arriving."""
+    pushes: AdapterPushes
+    """How they get in."""
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
@@ -40,21 +62,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     full_name = adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 
-    def __init__(
-        self,
-        adapters: AdapterRegistry,
-        pushes: AdapterPushes,
-        uploads: Uploads,
-        describe: DescribeEngine,
-        *,
-        max_bytes: int,
-    ) -> None:
-        self._adapters = adapters
-        self._pushes = pushes
-        self._uploads = uploads
+    def __init__(self, parts: AdapterParts, describe: DescribeEngine, *, max_bytes: int) -> None:
+        self._adapters = parts.adapters
+        self._fence = parts.fence
+        self._pointer = parts.pointer
+        self._pushes = parts.pushes
+        self._uploads = parts.uploads
         self._describe = describe
         self._max_bytes = max_bytes
-        self._ledger = RequestLedger()
+        self._requests = RequestLedger()
 
     def methods(self) -> list[str]:
         """Return the names of the methods."""
@@ -62,10 +78,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def BeginPush(self, request: adapter_pb2.BeginPushRequest, context: Context) -> adapter_pb2.BeginPushResponse:
         """Announce an adapter."""
+        check_epoch(request.epoch)
         declaration = read_declaration(request, self._describe(), max_bytes=self._max_bytes)
-        upload_id, offset = self._pushes.begin(declaration)
+        upload_id, stream, offset = await self._pushes.begin(declaration, epoch=request.epoch)
         return adapter_pb2.BeginPushResponse(
-            upload_id=upload_id, committed_offset=offset, max_chunk_bytes=MAX_CHUNK_BYTES
+            upload_id=upload_id, committed_offset=offset, max_chunk_bytes=MAX_CHUNK_BYTES, stream=stream
         )
 
     async def PushChunks(
@@ -80,17 +97,20 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
                 raise InvalidArgumentError("All chunks of a stream are of one upload.", field="upload_id")
             check_range(len(chunk.data), field="data", low=1, high=MAX_CHUNK_BYTES)
             check_range(chunk.offset, field="offset", low=0, high=self._max_bytes)
-            await upload.write(chunk.data, offset=chunk.offset)
+            await self._uploads.write(upload, Chunk(chunk.offset, chunk.data, chunk.crc32, chunk.stream))
         if upload is None:
             raise InvalidArgumentError("The stream holds no chunk.", field="upload_id")
-        return adapter_pb2.PushChunksResponse(committed_offset=await upload.sync())
+        return adapter_pb2.PushChunksResponse(committed_offset=await self._uploads.sync(upload))
 
     async def CommitPush(
         self, request: adapter_pb2.CommitPushRequest, context: Context
     ) -> adapter_pb2.CommitPushResponse:
         """Verify, store, load and prove."""
-        check_request_id(request.request_id)
-        version = await self._pushes.commit(request.upload_id)
+        check_epoch(request.epoch)
+        return await self._requests.answer(request, lambda: self._commit(request))
+
+    async def _commit(self, request: adapter_pb2.CommitPushRequest) -> adapter_pb2.CommitPushResponse:
+        version = await self._pushes.commit(request.upload_id, epoch=request.epoch)
         stages = [adapter_pb2.CommitStage(name=name, duration_seconds=s) for name, s in version.result.stages]
         return adapter_pb2.CommitPushResponse(
             adapter=write_adapter(version, self._adapters), stages=stages, mean_abs_dlogp=version.result.mean_abs_dlogp
@@ -105,8 +125,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         if request.expected_run_id:
             check_name(request.expected_run_id, field="expected_run_id")
         check_range(request.expected_policy_version, field="expected_policy_version", low=0, high=MAX_VERSION)
-        check_range(request.epoch, field="epoch", low=1, high=MAX_VERSION)
-        return self._ledger.answer(request, lambda: self._activate(request))
+        check_epoch(request.epoch)
+        return await self._requests.answer(request, lambda: self._activate(request))
 
     async def RollbackAdapter(
         self, request: adapter_pb2.RollbackAdapterRequest, context: Context
@@ -114,7 +134,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Switch new requests to the version before."""
         check_name(request.run_id, field="run_id")
         check_range(request.expected_policy_version, field="expected_policy_version", low=0, high=MAX_VERSION)
-        return self._ledger.answer(request, lambda: self._roll_back(request))
+        check_epoch(request.epoch)
+        return await self._requests.answer(request, lambda: self._roll_back(request))
 
     async def ListAdapters(
         self, request: adapter_pb2.ListAdaptersRequest, context: Context
@@ -142,14 +163,13 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.DeleteAdapterRequest, context: Context
     ) -> adapter_pb2.DeleteAdapterResponse:
         """Retire a version."""
-        check_request_id(request.request_id)
         check_name(request.run_id, field="run_id")
         check_range(request.policy_version, field="policy_version", low=1, high=MAX_VERSION)
-        self._adapters.delete(request.run_id, request.policy_version)
-        return adapter_pb2.DeleteAdapterResponse()
+        check_epoch(request.epoch)
+        return await self._requests.answer(request, lambda: self._delete(request))
 
-    def _activate(self, request: adapter_pb2.ActivateAdapterRequest) -> adapter_pb2.ActivateAdapterResponse:
-        previous = self._adapters.activate(
+    async def _activate(self, request: adapter_pb2.ActivateAdapterRequest) -> adapter_pb2.ActivateAdapterResponse:
+        previous = await self._pointer.activate(
             Active(request.run_id, request.policy_version),
             expected=Active(request.expected_run_id, request.expected_policy_version),
             epoch=request.epoch,
@@ -158,47 +178,20 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             policy_version=request.policy_version, previous_policy_version=previous
         )
 
-    def _roll_back(self, request: adapter_pb2.RollbackAdapterRequest) -> adapter_pb2.RollbackAdapterResponse:
-        version = self._adapters.roll_back(Active(request.run_id, request.expected_policy_version))
+    async def _roll_back(self, request: adapter_pb2.RollbackAdapterRequest) -> adapter_pb2.RollbackAdapterResponse:
+        expected = Active(request.run_id, request.expected_policy_version)
+        version = await self._pointer.roll_back(expected, epoch=request.epoch)
         return adapter_pb2.RollbackAdapterResponse(policy_version=version)
 
-
-class RequestLedger:
-    """Answers a repeated request_id with the first result. Failures are not remembered: they had no effect."""
-
-    def __init__(self) -> None:
-        self._answers: OrderedDict[str, tuple[Message, Any]] = OrderedDict()
-
-    def answer(self, request: EffectRequest, act: Callable[[], ResponseT]) -> ResponseT:
-        """Return the remembered result of this request, or act and remember.
-
-        Raises:
-            InvalidArgumentError: request_id is no UUID, or was used for something else.
-        """
-        key = f"{type(request).__name__}/{check_request_id(request.request_id)}"
-        if key in self._answers:
-            first, remembered = self._answers[key]
-            if first != request:
-                raise InvalidArgumentError("This request_id was used for another request.", field="request_id")
-            result: ResponseT = remembered
-            return result
-        response = act()
-        self._answers[key] = (request, response)
-        if len(self._answers) > MAX_LEDGER:
-            self._answers.popitem(last=False)
-        return response
+    async def _delete(self, request: adapter_pb2.DeleteAdapterRequest) -> adapter_pb2.DeleteAdapterResponse:
+        await self._fence.admit(request.run_id, request.epoch)
+        self._adapters.delete(request.run_id, request.policy_version)
+        return adapter_pb2.DeleteAdapterResponse()
 
 
-def check_request_id(value: str) -> str:
-    """Return the UUID in its canonical form.
-
-    Raises:
-        InvalidArgumentError: It is none.
-    """
-    try:
-        return str(uuid.UUID(value))
-    except ValueError as error:
-        raise InvalidArgumentError(f"{value[:80]!r} is not a UUID.", field="request_id") from error
+def check_epoch(epoch: int) -> None:
+    """Refuse a call that does not say which writer of the run makes it."""
+    check_range(epoch, field="epoch", low=1, high=MAX_EPOCH)
 
 
 def read_declaration(
@@ -268,11 +261,18 @@ def read_probes(probes: Sequence[adapter_pb2.AdapterProbe], description: EngineD
         field = f"probes[{index}]"
         check_range(len(probe.token_ids), field=f"{field}.token_ids", low=2, high=longest)
         check_token_ids(probe.token_ids, field=f"{field}.token_ids", vocab_size=description.vocab_size)
-        if len(probe.logprobs) != len(probe.token_ids) - 1:
-            raise InvalidArgumentError("One fewer log-probability than tokens is needed.", field=f"{field}.logprobs")
-        if not all(math.isfinite(value) and value <= 1e-3 for value in probe.logprobs):
-            raise InvalidArgumentError("A log-probability is finite and at most 0.", field=f"{field}.logprobs")
-    return tuple(Probe(tuple(probe.token_ids), tuple(probe.logprobs)) for probe in probes)
+        check_logprobs(probe.logprobs, len(probe.token_ids) - 1, field=f"{field}.logprobs")
+        if probe.base_logprobs:
+            check_logprobs(probe.base_logprobs, len(probe.token_ids) - 1, field=f"{field}.base_logprobs")
+    return tuple(Probe(tuple(p.token_ids), tuple(p.logprobs), tuple(p.base_logprobs)) for p in probes)
+
+
+def check_logprobs(values: Sequence[float], count: int, *, field: str) -> None:
+    """Refuse log-probabilities that are too many, too few, not finite or above 0."""
+    if len(values) != count:
+        raise InvalidArgumentError("One fewer log-probability than tokens is needed.", field=field)
+    if not all(math.isfinite(value) and value <= 1e-3 for value in values):
+        raise InvalidArgumentError("A log-probability is finite and at most 0.", field=field)
 
 
 def write_adapter(version: AdapterVersion, adapters: AdapterRegistry) -> adapter_pb2.Adapter:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from tether_services.generator.storage import FREE_BYTES
 from tether_services.runtime.batching import BatchSettings
 from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
@@ -23,9 +24,10 @@ IGNORED_KEYS = {
         "batch.max_items",
         "batch.max_tokens",
         "batch.max_delay_seconds",
+        "batch.mix_calls",
     ),
     "transformers": ("gpu_memory_utilization", "fake_token_seconds"),
-    "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds"),
+    "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds", "batch.mix_calls"),
 }
 """Settings that an engine would ignore, so that setting them is an error."""
 
@@ -43,13 +45,18 @@ class AdapterSettings(Settings):
     """Limits of adapters and of the way in which they arrive."""
 
     folder: Path | None = None
-    """Where adapters are stored; cleared at start. Unset takes a temporary folder that is removed at exit."""
+    """Where adapters are stored; those in it are proven and served again after a restart. Unset takes a temporary
+    folder that is removed at exit."""
     max_rank: int = Field(default=16, ge=1, le=512)
     """Largest rank accepted; vLLM reserves memory and time for it."""
     max_bytes: int = Field(default=1024**3, ge=1024)
     """Largest adapter accepted, all files together."""
+    free_bytes: int = Field(default=FREE_BYTES, ge=0)
+    """A push that would leave less than this on the disk is refused."""
+    quota_bytes: int = Field(default=0, ge=0)
+    """Adapters and uploads together take at most this on the disk; 0 is no limit."""
     keep_versions: int = Field(default=3, ge=1, le=16)
-    """Newest versions that stay loaded besides the active one; older ones are retired once idle."""
+    """Newest versions of a run that stay loaded besides the active one; older ones are retired once idle."""
     upload_seconds: float = Field(default=600.0, gt=0, le=86400)
     """An upload that has received nothing for this long is forgotten."""
     prove_tolerance: float | None = Field(default=None, gt=0, le=1)

@@ -10,6 +10,7 @@ from tether_services.runtime.metrics import QueueMetrics
 PUSH_STAGES = ("hash", "header", "tensors", "store", "load", "prove")
 PUSH_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 PUSH_RESULTS = ("ok", "refused", "failed")
+RESTORE_RESULTS = ("ok", "refused")
 
 
 class GeneratorMetrics:
@@ -37,11 +38,16 @@ class GeneratorMetrics:
             registry=registry,
         )
         self.adapter_bytes = Gauge("tether_adapter_bytes", "Size of the last adapter.", registry=registry)
+        self.restores = Counter(
+            "tether_adapter_restore_total", "Stored adapters at a start, by result.", ["result"], registry=registry
+        )
         self.rollbacks = Counter("tether_adapter_rollback_total", "Rollbacks.", registry=registry)
         for reason in ("stop", "length"):
             self.completions.labels(reason)
         for result in PUSH_RESULTS:
             self.pushes.labels(result)
+        for result in RESTORE_RESULTS:
+            self.restores.labels(result)
         for stage in PUSH_STAGES:
             self.push_seconds.labels(stage)
 

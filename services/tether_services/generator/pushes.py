@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
+import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError
+from tether.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    TetherError,
+)
 from tether_services.generator.adapters import AdapterRegistry, AdapterVersion, PushResult
-from tether_services.generator.engine import Engine, EngineDescription, LoadedAdapter
+from tether_services.generator.engine import EngineDescription, LoadedAdapter
+from tether_services.generator.fence import Fence
+from tether_services.generator.manifest import Manifest, write_manifest
 from tether_services.generator.metrics import GeneratorMetrics
+from tether_services.generator.proof import Prover, Stopwatch
+from tether_services.generator.storage import reporting_full_disk
 from tether_services.generator.uploads import Declaration, Upload, Uploads
 from tether_services.generator.verification import (
     CONFIG_NAME,
+    MANIFEST_NAME,
     WEIGHTS_NAME,
     AdapterShape,
     TensorEntry,
@@ -30,98 +40,91 @@ from tether_services.generator.verification import (
     read_safetensors_header,
     refuse,
 )
+from tether_services.runtime.fault_points import reach
 from tether_services.runtime.logging import log_event
 
 log = logging.getLogger(__name__)
-
-FLOAT32_TOLERANCE = 1e-3
-"""Mean |delta logprob| in nats between two float32 implementations; measured 1e-6, so this is generous."""
-REDUCED_TOLERANCE = 0.05
-"""The same in bfloat16 or float16."""
-
-
-@dataclass(slots=True)
-class _Stopwatch:
-    """Times the stages of one commit."""
-
-    observe: Callable[[str, float], None]
-    seconds: list[tuple[str, float]] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds.append((name, time.monotonic() - started))
-        self.observe(*self.seconds[-1])
 
 
 class AdapterPushes:
     """Takes adapters in, one commit at a time."""
 
     def __init__(
-        self,
-        engine: Engine,
-        registry: AdapterRegistry,
-        uploads: Uploads,
-        metrics: GeneratorMetrics,
-        *,
-        tolerance: float | None,
+        self, prover: Prover, registry: AdapterRegistry, uploads: Uploads, fence: Fence, metrics: GeneratorMetrics
     ) -> None:
-        self._engine = engine
+        self._prover = prover
         self._registry = registry
         self._uploads = uploads
+        self._fence = fence
         self._metrics = metrics
-        self._tolerance = tolerance
         self._numbers = itertools.count(1)
         self._turn = asyncio.Lock()
         self._commits: dict[str, asyncio.Task[AdapterVersion]] = {}
 
-    def begin(self, declaration: Declaration) -> tuple[str, int]:
-        """Return (upload id, bytes already there) for an announced adapter.
+    async def begin(self, declaration: Declaration, *, epoch: int) -> tuple[str, int, int]:
+        """Return (upload id, stream, bytes already there) for an announced adapter.
 
         Raises:
             FailedPreconditionError: The version exists with other content.
-            TetherError: Whatever `Uploads.begin` refuses.
+            TetherError: Whatever `Fence.admit` and `Uploads.begin` refuse.
         """
+        await self._fence.admit(declaration.run_id, epoch)
         for version in self._registry.all():
-            same = version.declaration.same_content(declaration)
-            if same and not version.retiring:
-                return version.upload_id, declaration.size_bytes
-            if version.declaration.request_id == declaration.request_id and not same:
+            if version.retiring:
+                continue
+            if version.declaration.same_content(declaration):
+                return version.upload_id, 0, declaration.size_bytes
+            if version.declaration.request_id == declaration.request_id:
                 raise InvalidArgumentError("This request_id was used for another adapter.", field="request_id")
             if version.declaration.key == declaration.key:
-                state = "being retired; try again shortly" if version.retiring else "stored with other content"
-                raise FailedPreconditionError(
-                    f"Version {declaration.policy_version} of run {declaration.run_id} is {state}.",
-                    field="policy_version",
-                    reason="VERSION_EXISTS",
-                )
-        upload = self._uploads.begin(declaration)
-        return upload.upload_id, upload.received_bytes
+                raise _version_exists(declaration)
+        upload = await self._begin_upload(declaration, epoch)
+        return upload.upload_id, *await upload.open_stream()
 
-    async def commit(self, upload_id: str) -> AdapterVersion:
+    async def _begin_upload(self, declaration: Declaration, epoch: int) -> Upload:
+        """Begin, at the cost of versions of runs that neither are active nor push now."""
+        while True:
+            try:
+                return self._uploads.begin(declaration, epoch=epoch)
+            except ResourceExhaustedError as error:
+                missing = self._uploads.missing_bytes(declaration) if error.reason == "STORAGE_FULL" else 0
+                if missing <= 0 or not await self._registry.make_room(missing, run_id=declaration.run_id):
+                    raise
+                self._fence.check(declaration.run_id, epoch)
+
+    async def commit(self, upload_id: str, *, epoch: int) -> AdapterVersion:
         """Return the proven adapter of an upload, doing the work at most once. Goes on if the caller leaves.
 
         Raises:
+            AbortedError: STALE_EPOCH: a newer writer was here, or came while the adapter was verified.
             NotFoundError: There is no such upload.
             FailedPreconditionError: Bytes are missing, or a check failed; its reason names the check.
         """
-        for version in self._registry.all():
-            if version.upload_id == upload_id:
-                return version
-        if upload_id not in self._commits:
-            upload = self._uploads.get(upload_id)
-            if upload.received_bytes < upload.declaration.size_bytes:
-                raise FailedPreconditionError(
-                    f"{upload.received_bytes} of {upload.declaration.size_bytes} bytes have arrived; send the rest.",
-                    field="upload_id",
-                    reason="UPLOAD_INCOMPLETE",
-                )
-            upload.committing = True
-            task = asyncio.create_task(self._commit(upload))
-            self._commits[upload_id] = task
-            task.add_done_callback(lambda done: self._finish(upload, done))
-        return await asyncio.shield(self._commits[upload_id])
+        stored = self._find_committed(upload_id)
+        declared = stored.declaration if stored else self._uploads.get(upload_id).declaration
+        await self._fence.admit(declared.run_id, epoch)
+        stored = self._find_committed(upload_id)
+        if stored is not None:
+            return stored
+        upload = self._uploads.get(upload_id)
+        upload.epoch = max(upload.epoch, epoch)
+        return await asyncio.shield(self._commits.get(upload_id) or self._start_commit(upload))
+
+    def _find_committed(self, upload_id: str) -> AdapterVersion | None:
+        return next((v for v in self._registry.all() if v.upload_id == upload_id), None)
+
+    def _start_commit(self, upload: Upload) -> asyncio.Task[AdapterVersion]:
+        if upload.received_bytes < upload.declaration.size_bytes:
+            raise FailedPreconditionError(
+                f"{upload.received_bytes} of {upload.declaration.size_bytes} bytes have arrived; send the rest.",
+                field="upload_id",
+                reason="UPLOAD_INCOMPLETE",
+            )
+        upload.committing = True
+        task = asyncio.create_task(self._commit(upload))
+        self._commits[upload.upload_id] = task
+        task.add_done_callback(lambda done: self._finish(upload, done))
+        return task
 
     async def close(self) -> None:
         """Cancel what is in progress."""
@@ -134,7 +137,8 @@ class AdapterPushes:
         self._commits.pop(upload.upload_id, None)
         self._uploads.forget(upload)
         error = None if task.cancelled() else task.exception()
-        result = "ok" if error is None else "refused" if isinstance(error, FailedPreconditionError) else "failed"
+        refused = isinstance(error, FailedPreconditionError | AbortedError)
+        result = "ok" if error is None else "refused" if refused else "failed"
         self._metrics.pushes.labels(result).inc()
         fields: dict[str, Any] = {
             "run_id": upload.declaration.run_id,
@@ -145,63 +149,90 @@ class AdapterPushes:
         log_event(log, "adapter push", result=result, **fields)
 
     async def _commit(self, upload: Upload) -> AdapterVersion:
-        watch = _Stopwatch(lambda stage, seconds: self._metrics.push_seconds.labels(stage).observe(seconds))
+        watch = Stopwatch(lambda stage, seconds: self._metrics.push_seconds.labels(stage).observe(seconds))
         declaration = upload.declaration
         async with self._turn:
-            config = await asyncio.to_thread(verify_files, upload, self._engine.description, watch)
-            adapter = await self._store(upload, config, watch)
+            config = await asyncio.to_thread(verify_files, upload, self._prover.description, watch)
+            _reach("push.verified")
+            created = time.time()
+            with watch.stage("store"):
+                folder = await asyncio.to_thread(self._store, upload, config, created)
+            adapter = self._name(declaration, folder)
             try:
-                mean = await self._load_and_prove(adapter, declaration, watch)
+                _reach("push.stored")
+                mean = await self._prover.load(adapter, declaration, watch, lambda: self._check_still(upload))
             except BaseException:  # cancellation too must leave nothing behind
-                await asyncio.to_thread(self._uploads.storage.remove, adapter.folder)
+                await asyncio.to_thread(self._uploads.storage.remove, folder)
                 raise
-            version = AdapterVersion(adapter, declaration, upload.upload_id, PushResult(tuple(watch.seconds), mean))
+            result = PushResult(tuple(watch.seconds), mean)
+            version = AdapterVersion(adapter, declaration, upload.upload_id, result, created)
             self._registry.add(version)
             self._metrics.adapter_bytes.set(declaration.size_bytes)
             return version
 
-    async def _store(self, upload: Upload, config: dict[str, Any], watch: _Stopwatch) -> LoadedAdapter:
+    def _check_still(self, upload: Upload) -> None:
+        """Refuse what became wrong while it was verified."""
+        _reach("push.proven")
         declaration = upload.declaration
-        sha256 = next(file.sha256 for file in declaration.files if file.name == WEIGHTS_NAME)
-        target = (declaration.run_id, declaration.policy_version, sha256)
-        with watch.stage("store"):
-            folder = await asyncio.to_thread(self._uploads.storage.store, upload.upload_id, target, config)
+        self._fence.check(declaration.run_id, upload.epoch)
+        if self._registry.find(*declaration.key) is not None:
+            raise _version_exists(declaration)
+
+    def _store(self, upload: Upload, config: dict[str, Any], created: float) -> Path:
+        declaration, stored = upload.declaration, json.dumps(config, indent=2).encode()
+        manifest = Manifest(
+            upload_id=upload.upload_id,
+            base_model_sha256=self._prover.description.base_model_sha256,
+            config_sha256=hashlib.sha256(stored).hexdigest(),
+            created=created,
+            declaration=declaration,
+        )
+        return self._uploads.storage.store(
+            upload.upload_id,
+            (declaration.run_id, declaration.policy_version, declaration.weights_sha256),
+            {CONFIG_NAME: stored, MANIFEST_NAME: write_manifest(manifest)},
+        )
+
+    def _name(self, declaration: Declaration, folder: Path) -> LoadedAdapter:
+        """Return the adapter as the engine gets it, under a number and a name that were never used before."""
         number = next(self._numbers)
+        run_id, version = declaration.key
         # The number makes the name new even if a deleted version is pushed again: engines cache by name.
-        name = f"{declaration.run_id}@{declaration.policy_version}.{number}"
-        return LoadedAdapter(number, name, declaration.run_id, declaration.policy_version, sha256, folder)
+        return LoadedAdapter(
+            number, f"{run_id}@{version}.{number}", run_id, version, declaration.weights_sha256, folder
+        )
 
-    async def _load_and_prove(self, adapter: LoadedAdapter, declaration: Declaration, watch: _Stopwatch) -> float:
-        try:
-            with watch.stage("load"):
-                await self._engine.load_adapter(adapter)
-        except Exception as error:  # an engine may refuse for reasons of its own; the old version keeps serving
-            log.error("engine refused an adapter", exc_info=error)
-            raise refuse("the engine could not load it.", reason="LOAD_FAILED") from error
-        try:
-            with watch.stage("prove"):
-                return await self._prove(adapter, declaration)
-        except BaseException:  # an interruption too must leave nothing half-done
-            await self._engine.unload_adapter(adapter)
-            raise
+    async def take_back(self, manifest: Manifest, folder: Path) -> None:
+        """Load and prove a version that an earlier process has stored, its files checked.
 
-    async def _prove(self, adapter: LoadedAdapter, declaration: Declaration) -> float:
-        """Return the mean |delta logprob| of the probes after checking the adapter against them and the base."""
-        claimed = [value for probe in declaration.probes for value in probe.logprobs]
-        sequences = [probe.token_ids for probe in declaration.probes]
-        served = [value for row in await self._engine.compute_logprobs(sequences, adapter) for value in row]
-        base = [value for row in await self._engine.compute_logprobs(sequences, None) for value in row]
-        tolerance = self._tolerance or default_tolerance(self._engine.description.dtype)
-        check_proof(served, base, declaration.differs_from_base, tolerance=tolerance)
-        return check_claim(served, claimed, tolerance=tolerance)
+        Raises:
+            FailedPreconditionError: It belongs to another base, is too large in rank, or is not what it was.
+        """
+        description, declaration = self._prover.description, manifest.declaration
+        if manifest.base_model_sha256 != description.base_model_sha256:
+            raise refuse("it was stored for another base model.", reason="WRONG_BASE_MODEL")
+        if declaration.rank > description.max_lora_rank:
+            raise refuse(f"its rank {declaration.rank} is above adapters.max_rank.", reason="RANK_TOO_LARGE")
+        watch, adapter = Stopwatch(lambda stage, seconds: None), self._name(declaration, folder)
+        mean = await self._prover.load(adapter, declaration, watch, lambda: None)
+        result = PushResult(tuple(watch.seconds), mean)
+        self._registry.add(AdapterVersion(adapter, declaration, manifest.upload_id, result, manifest.created))
 
 
-def default_tolerance(dtype: str) -> float:
-    """Return the largest mean |delta logprob| in nats that two correct implementations show."""
-    return FLOAT32_TOLERANCE if dtype == "float32" else REDUCED_TOLERANCE
+def _reach(point: str) -> None:
+    with reporting_full_disk():
+        reach(point)
 
 
-def verify_files(upload: Upload, description: EngineDescription, watch: _Stopwatch) -> dict[str, Any]:
+def _version_exists(declaration: Declaration) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"Version {declaration.policy_version} of run {declaration.run_id} is stored with other content.",
+        field="policy_version",
+        reason="VERSION_EXISTS",
+    )
+
+
+def verify_files(upload: Upload, description: EngineDescription, watch: Stopwatch) -> dict[str, Any]:
     """Return the configuration to store, after every check that needs no engine."""
     shape = AdapterShape(upload.declaration.rank, upload.declaration.target_modules)
     weights = upload.folder / WEIGHTS_NAME
@@ -215,28 +246,3 @@ def verify_files(upload: Upload, description: EngineDescription, watch: _Stopwat
     with watch.stage("tensors"):
         check_finite(weights, entries)
     return config
-
-
-def check_claim(served: list[float], claimed: list[float], *, tolerance: float) -> float:
-    """Return the mean |served - claimed| in nats; refuse one above the tolerance."""
-    mean = math.fsum(abs(a - b) for a, b in zip(served, claimed, strict=True)) / len(claimed)
-    if not mean <= tolerance:  # also true for NaN
-        raise refuse(
-            f"its probes' log-probabilities are off by {mean:.3g} nats on average; {tolerance:g} is accepted.",
-            reason="PROOF_FAILED",
-            field="probes",
-        )
-    return mean
-
-
-def check_proof(served: list[float], base: list[float], differs_from_base: bool, *, tolerance: float) -> None:
-    """Refuse an adapter that has no effect although it should, or has one although it should not."""
-    largest = max(abs(a - b) for a, b in zip(served, base, strict=True))
-    if differs_from_base and largest == 0:
-        raise refuse("loaded, it changes nothing.", reason="SAME_AS_BASE", field="differs_from_base")
-    if not differs_from_base and not largest <= tolerance:
-        raise refuse(
-            f"it was declared equal to the base model but differs by up to {largest:.3g} nats.",
-            reason="DIFFERS_FROM_BASE",
-            field="differs_from_base",
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -12,17 +12,21 @@ from prometheus_client import CollectorRegistry
 from tether.errors import InvalidArgumentError
 from tether.v1 import adapter_pb2_grpc, generator_pb2, generator_pb2_grpc
 from tether_services.generator.adapters import AdapterRegistry, Policy
-from tether_services.generator.admin import MAX_ADMIN_MESSAGE_BYTES, AdapterService
+from tether_services.generator.admin import MAX_ADMIN_MESSAGE_BYTES, AdapterParts, AdapterService
 from tether_services.generator.admission import Admission
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.engine import EngineCompletion, EngineDescription, GenerateCall, Sampling
 from tether_services.generator.engines import build_engine
+from tether_services.generator.fence import Fence
 from tether_services.generator.metrics import GeneratorMetrics
+from tether_services.generator.pointer import ActivePointer
+from tether_services.generator.proof import Prover
 from tether_services.generator.pushes import AdapterPushes
+from tether_services.generator.restoring import restore_versions
 from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Uploads
 from tether_services.runtime.checks import check_name, check_range, check_temperature, check_text, check_token_ids
-from tether_services.runtime.server import Port
+from tether_services.runtime.server import Fallible, Port
 from tether_services.runtime.text import Message, check_message_count, check_messages
 
 GENERATOR_NAME = generator_pb2.DESCRIPTOR.services_by_name["GeneratorService"].full_name
@@ -46,17 +50,31 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         self._settings = settings
         self.metrics = GeneratorMetrics(registry, queue_limit=settings.batch.queue_limit)
         self.engine = build_engine(settings, self.metrics.queue)
-        self.storage = AdapterStorage(settings.adapters.folder)
+        self.storage = AdapterStorage(
+            settings.adapters.folder,
+            free_bytes=settings.adapters.free_bytes,
+            quota_bytes=settings.adapters.quota_bytes,
+        )
         self.adapters = AdapterRegistry(
             self.engine, self.storage, self.metrics, keep_versions=settings.adapters.keep_versions
         )
-        uploads = Uploads(self.storage, expire_seconds=settings.adapters.upload_seconds)
-        self._pushes = AdapterPushes(
-            self.engine, self.adapters, uploads, self.metrics, tolerance=settings.adapters.prove_tolerance
+        fence, uploads = Fence(), Uploads(self.storage, expire_seconds=settings.adapters.upload_seconds)
+        self._parts = AdapterParts(
+            self.adapters,
+            fence,
+            ActivePointer(self.adapters, fence, self.metrics),
+            uploads,
+            AdapterPushes(
+                Prover(self.engine, tolerance=settings.adapters.prove_tolerance),
+                self.adapters,
+                uploads,
+                fence,
+                self.metrics,
+            ),
         )
         self._admission = Admission(self.metrics, limit=settings.batch.queue_limit)
         self._admin = AdapterService(
-            self.adapters, self._pushes, uploads, lambda: self.engine.description, max_bytes=settings.adapters.max_bytes
+            self._parts, lambda: self.engine.description, max_bytes=settings.adapters.max_bytes
         )
 
     def ports(self) -> Sequence[Port]:
@@ -83,19 +101,28 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         return [method.name for method in own] + self._admin.methods()
 
     async def start(self) -> None:
-        """Take the adapter folder, load the base model and have it answer."""
+        """Take the adapter folder, load the base model and have it answer; then take back what was stored before."""
         await asyncio.to_thread(self.storage.open)
+        await asyncio.to_thread(self._parts.fence.open, self.storage.folder / "fence.json")
         await self.engine.start()
         await self.engine.check()
         self.metrics.describe(self.engine.description)
+        if self.storage.is_lasting:
+            self._parts.pointer.open(self.storage.folder / "active.json")
+            await restore_versions(self.storage, self._parts.pushes, self.metrics)
 
     async def check(self) -> None:
         """Have the engine answer or show progress."""
         await self.engine.check()
 
+    def on_failure(self, report: Callable[[BaseException], None]) -> None:
+        """Report the death of the engine, where it has parts that can die."""
+        if isinstance(self.engine, Fallible):
+            self.engine.on_failure(report)
+
     async def close(self) -> None:
         """Stop pushes, then the engine, then give the adapter folder up."""
-        await self._pushes.close()
+        await self._parts.pushes.close()
         await self.adapters.settle()
         await self.engine.close()
         await asyncio.to_thread(self.storage.close)

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
+import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from tether.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
+from tether.errors import InvalidArgumentError, ResourceExhaustedError
+from tether_services.generator.verification import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
 
-FREE_BYTES_LEFT = 64 * 1024 * 1024
-"""A push that would leave less than this on the disk is refused."""
+FREE_BYTES = 64 * 1024 * 1024
+"""Default of `adapters.free_bytes`."""
 _CREATE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_WAYS_OUT = {
+    errno.ENOSPC: "has no room or no inodes left: free some",
+    errno.EDQUOT: "has used up its quota: free some space",
+    errno.EROFS: "is read-only: make it writable",
+}
 
 
 class AdapterStorage:
-    """A folder that one process owns. What an earlier process left is removed: pushes are repeated after a restart."""
+    """A folder that one process owns. Stored versions outlive it unless the folder is temporary; uploads do not."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Name the folder; None stands for a temporary one that `close` removes."""
+    def __init__(self, folder: Path | None, *, free_bytes: int = FREE_BYTES, quota_bytes: int = 0) -> None:
+        """Name the folder.
+
+        Args:
+            folder: None stands for a temporary one that `close` removes.
+            free_bytes: What a push must leave free on the disk.
+            quota_bytes: What adapters and uploads together may take; 0 is no limit.
+        """
         self._wanted = folder
+        self._free_bytes = free_bytes
+        self._quota_bytes = quota_bytes
         self._lock: int | None = None
 
     def open(self) -> None:
-        """Take the folder and clear it.
+        """Take the folder and drop unfinished uploads.
 
         Raises:
             InvalidArgumentError: The folder cannot be written or another process has it.
@@ -37,16 +52,41 @@ class AdapterStorage:
         )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._staging, self._versions = self.folder / "staging", self.folder / "versions"
-            for inner in (self._staging, self._versions):
+            for inner in (self._staging, self._damaged):
                 shutil.rmtree(inner, ignore_errors=True)
-                inner.mkdir(mode=0o700)
+            for inner in (self._staging, self._versions):
+                inner.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise InvalidArgumentError(
                 f"Cannot take {self.folder}: {error.strerror}. Is another generator using it?", field="adapters.folder"
             ) from error
+
+    @property
+    def is_lasting(self) -> bool:
+        """Return whether the folder outlives the process."""
+        return self._wanted is not None
+
+    @property
+    def _damaged(self) -> Path:
+        return self.folder / "damaged"
+
+    def find_stored(self) -> list[Path]:
+        """Return the folders of the stored versions. Those without a manifest were being removed: they go for good."""
+        stored = []
+        for folder in sorted(self._versions.glob("*/*")):
+            if (folder / MANIFEST_NAME).is_file():
+                stored.append(folder)
+            else:
+                self.remove(folder)
+        return stored
+
+    def set_aside(self, folder: Path) -> Path:
+        """Move a stored version out of the way and return where it is until the next start."""
+        self._damaged.mkdir(mode=0o700, exist_ok=True)
+        return folder.rename(_unused(self._damaged / f"{folder.parent.name}-{folder.name}"))
 
     def close(self) -> None:
         """Give the folder up, and remove it if it is temporary. Does nothing if it was never taken."""
@@ -60,51 +100,95 @@ class AdapterStorage:
     def check_space(self, size_bytes: int) -> None:
         """Refuse what does not fit.
 
+        Args:
+            size_bytes: What is still to be written, of all open uploads.
+
         Raises:
-            ResourceExhaustedError: The disk would be full.
+            ResourceExhaustedError: STORAGE_FULL: less than free_bytes would be left, or the quota exceeded.
         """
-        free = shutil.disk_usage(self.folder).free
-        if free - size_bytes < FREE_BYTES_LEFT:
-            raise ResourceExhaustedError(
-                f"{size_bytes} bytes do not fit: {free} bytes are free on the generator's disk.", reason="STORAGE_FULL"
+        free, used = self._free(), self.usage_bytes()
+        if free - size_bytes < self._free_bytes:
+            raise _full(
+                f"{size_bytes} bytes do not fit: {free} bytes are free on the disk and adapters.free_bytes is"
+                f" {self._free_bytes}; free some space"
+            )
+        if self._quota_bytes and used + size_bytes > self._quota_bytes:
+            raise _full(
+                f"{size_bytes} bytes do not fit: {used} of adapters.quota_bytes {self._quota_bytes} are used; delete"
+                " adapters or raise it"
             )
 
+    def missing_bytes(self, size_bytes: int) -> int:
+        """Return how much would have to go for this to fit; 0 or less if it does."""
+        over_quota = self.usage_bytes() + size_bytes - self._quota_bytes if self._quota_bytes else 0
+        return max(size_bytes + self._free_bytes - self._free(), over_quota)
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def usage_bytes(self) -> int:
+        """Return the bytes of all files of stored versions and uploads."""
+        total = 0
+        for top in (self._staging, self._versions):
+            for folder, _, names in os.walk(top):
+                for name in names:
+                    with suppress(FileNotFoundError):  # a version that is being removed
+                        total += os.lstat(os.path.join(folder, name)).st_size
+        return total
+
     def stage(self, upload_id: str) -> Path:
-        """Return a new staging folder with the two empty files."""
+        """Return a new staging folder with the two empty files.
+
+        Raises:
+            ResourceExhaustedError: STORAGE_FULL. Nothing is left.
+        """
         folder = self._staging / upload_id
-        folder.mkdir(mode=0o700)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            os.close(os.open(folder / name, _CREATE_FLAGS, 0o600))
+        with reporting_full_disk():
+            folder.mkdir(mode=0o700)
+            try:
+                for name in (CONFIG_NAME, WEIGHTS_NAME):
+                    os.close(os.open(folder / name, _CREATE_FLAGS, 0o600))
+            except OSError:
+                self.discard(upload_id)
+                raise
         return folder
 
     def discard(self, upload_id: str) -> None:
         """Remove a staging folder, if it is there."""
         shutil.rmtree(self._staging / upload_id, ignore_errors=True)
 
-    def store(self, upload_id: str, target: tuple[str, int, str], config: dict[str, Any]) -> Path:
-        """Move a verified upload to its write-once folder, durably, and return that folder.
+    def store(self, upload_id: str, target: tuple[str, int, str], files: Mapping[str, bytes]) -> Path:
+        """Move a verified upload to a write-once folder of its own, durably, and return that folder.
 
         Args:
             upload_id: Names the staging folder.
             target: (run_id, policy_version, sha256) of the adapter; all checked before.
-            config: The configuration to store in place of the uploaded one.
+            files: What to store beside the uploaded files, or in their place.
 
         Raises:
-            FailedPreconditionError: The folder exists.
+            ResourceExhaustedError: STORAGE_FULL. Nothing is stored then, and the same content can be stored later.
         """
         run_id, version, sha256 = target
-        staged = self._staging / upload_id
-        _write_durably(staged / CONFIG_NAME, json.dumps(config, indent=2).encode())
-        parent = self._versions / run_id
-        parent.mkdir(mode=0o700, exist_ok=True)
-        final = parent / f"{version}-{sha256[:12]}"
-        try:
+        staged, parent = self._staging / upload_id, self._versions / run_id
+        with reporting_full_disk():
+            for name, content in files.items():
+                _write_durably(staged / name, content)
+            sync_file(staged / WEIGHTS_NAME)  # the stream may have broken before it did
+            parent.mkdir(mode=0o700, exist_ok=True)
+            final = _unused(parent / f"{version}-{sha256[:12]}")
             os.rename(staged, final)
-        except OSError as error:
-            raise FailedPreconditionError(f"Version {version} is stored already.", reason="VERSION_EXISTS") from error
-        for folder in (final, parent, self._versions):
-            _sync_folder(folder)
+            try:
+                for folder in (final, parent, self._versions):
+                    _sync_folder(folder)
+            except OSError:  # what may not survive a power cut is not stored
+                self.remove(final)
+                raise
         return final
+
+    def disown(self, folder: Path) -> None:
+        """Have a stored version not come back after a restart, although its files are still needed now."""
+        with suppress(OSError):  # at worst it comes back, as any other version of its run
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
     def remove(self, folder: Path) -> None:
         """Delete a stored version."""
@@ -134,13 +218,35 @@ def sync_file(path: Path) -> None:
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    path.unlink()
-    descriptor = os.open(path, _CREATE_FLAGS, 0o600)
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, _CREATE_FLAGS, 0o600))
+    write_at(path, content, 0)
+    sync_file(path)
+
+
+def _unused(folder: Path) -> Path:
+    """Return the folder's name, or one with a number where that is taken: by a version that is still being unloaded."""
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], names) if not path.exists())
+
+
+@contextmanager
+def reporting_full_disk() -> Iterator[None]:
+    """Turn the errors of a disk that takes nothing more into STORAGE_FULL.
+
+    Raises:
+        ResourceExhaustedError: In place of such an OSError; the message names the way out and no path.
+    """
     try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in _WAYS_OUT:
+            raise
+        raise _full(f"The disk {_WAYS_OUT[error.errno]}") from error
+
+
+def _full(problem: str) -> ResourceExhaustedError:
+    return ResourceExhaustedError(f"{problem} on the generator, then push again.", reason="STORAGE_FULL")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tether.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
-from tether_services.generator.storage import AdapterStorage, sync_file, write_at
+from tether_services.generator.storage import AdapterStorage, reporting_full_disk, sync_file, write_at
+from tether_services.generator.verification import WEIGHTS_NAME
+from tether_services.runtime.fault_points import reach
 
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_OPEN_UPLOADS = 8
@@ -31,6 +34,8 @@ class Probe:
     """At least 2."""
     logprobs: tuple[float, ...]
     """Of token_ids[1:], natural log, temperature 1."""
+    base_logprobs: tuple[float, ...] = ()
+    """The same without the adapter; empty if the pusher did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,11 @@ class Declaration:
         return sum(file.size_bytes for file in self.files)
 
     @property
+    def weights_sha256(self) -> str:
+        """Return the hash that names the adapter."""
+        return next(file.sha256 for file in self.files if file.name == WEIGHTS_NAME)
+
+    @property
     def key(self) -> tuple[str, int]:
         """Return (run_id, policy_version)."""
         return self.run_id, self.policy_version
@@ -80,6 +90,20 @@ class Declaration:
         """Return whether both announce the same adapter; request_id and proofs may differ."""
         neutral = replace(other, request_id=self.request_id, probes=self.probes)
         return self == neutral
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some bytes of an upload."""
+
+    offset: int
+    """Position of the first byte in the upload."""
+    data: bytes
+    """At least 1."""
+    crc32: int
+    """Of data, with the polynomial of zlib."""
+    stream: int
+    """Which stream of the upload it belongs to."""
 
 
 @dataclass(slots=True)
@@ -92,8 +116,12 @@ class Upload:
     """What was announced."""
     folder: Path
     """Its staging folder."""
+    epoch: int
+    """Highest epoch of the writers that have begun or committed it."""
     received_bytes: int = 0
     """Bytes written so far."""
+    stream: int = 0
+    """The one that may send; those before it may not."""
     touched: float = field(default_factory=time.monotonic)
     """When something last happened to it."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -101,41 +129,58 @@ class Upload:
     committing: bool = False
     """True from the first CommitPush on: no more bytes."""
 
-    async def write(self, data: bytes, *, offset: int) -> None:
-        """Append bytes.
+    async def open_stream(self) -> tuple[int, int]:
+        """Return (stream, committed offset) of a new stream; no earlier one writes a byte after this."""
+        self.stream += 1
+        stream = self.stream
+        async with self.lock:  # a chunk that is being written counts
+            return stream, self.received_bytes
+
+    async def write(self, chunk: Chunk) -> None:
+        """Append bytes; a chunk that is there already is skipped.
 
         Raises:
-            FailedPreconditionError: The offset is not the next one, or the upload is being committed.
+            AbortedError: STREAM_REPLACED: a later BeginPush has opened another stream.
+            FailedPreconditionError: CHUNK_DAMAGED, WRONG_OFFSET, or COMMITTING: the upload is being committed.
             InvalidArgumentError: More bytes than declared.
-            ResourceExhaustedError: The disk is full.
+            ResourceExhaustedError: STORAGE_FULL.
         """
         async with self.lock:
-            if self.committing:
-                raise FailedPreconditionError("The upload is being committed.", field="upload_id", reason="COMMITTING")
-            if offset != self.received_bytes:
-                raise FailedPreconditionError(
-                    f"Offset {offset} is not the committed offset {self.received_bytes}; send from there.",
-                    field="offset",
-                    reason="WRONG_OFFSET",
-                )
-            if offset + len(data) > self.declaration.size_bytes:
-                raise InvalidArgumentError(
-                    f"{offset + len(data)} bytes are more than the declared {self.declaration.size_bytes}.",
-                    field="data",
-                )
-            await self._write_pieces(data)
+            self._check(chunk)
+            if chunk.offset + len(chunk.data) > self.received_bytes:
+                await self._write_pieces(chunk.data)
+
+    def _check(self, chunk: Chunk) -> None:
+        if chunk.stream != self.stream:
+            raise AbortedError(
+                "A later BeginPush has opened another stream of this upload.", field="stream", reason="STREAM_REPLACED"
+            )
+        if zlib.crc32(chunk.data) != chunk.crc32:
+            raise FailedPreconditionError(
+                "The bytes do not have the CRC-32 that was sent with them; send them again.",
+                field="data",
+                reason="CHUNK_DAMAGED",
+            )
+        if self.committing:
+            raise FailedPreconditionError("The upload is being committed.", field="upload_id", reason="COMMITTING")
+        end = chunk.offset + len(chunk.data)
+        if chunk.offset != self.received_bytes and end > self.received_bytes:
+            raise FailedPreconditionError(
+                f"Offset {chunk.offset} is not the committed offset {self.received_bytes}; send from there.",
+                field="offset",
+                reason="WRONG_OFFSET",
+            )
+        if end > self.declaration.size_bytes:
+            raise InvalidArgumentError(
+                f"{end} bytes are more than the declared {self.declaration.size_bytes}.", field="data"
+            )
 
     async def _write_pieces(self, data: bytes) -> None:
         """Split at file boundaries and write each piece at its place."""
         for name, start, piece in split_at_files(self.declaration.files, self.received_bytes, data):
-            try:
+            with reporting_full_disk(), _reporting_abandoned():
+                reach("upload.chunk")
                 await asyncio.to_thread(write_at, self.folder / name, piece, start)
-            except FileNotFoundError as error:
-                raise NotFoundError("The upload was abandoned.", field="upload_id") from error
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise ResourceExhaustedError("The generator's disk is full.", reason="STORAGE_FULL") from error
-                raise
             self.received_bytes += len(piece)
             self.touched = time.monotonic()
 
@@ -144,19 +189,23 @@ class Upload:
 
         Raises:
             NotFoundError: The upload was dropped in the meantime.
+            ResourceExhaustedError: STORAGE_FULL.
         """
         async with self.lock:
             received = self.received_bytes
             if not self.committing:
-                await self._sync_files()
+                with reporting_full_disk(), _reporting_abandoned():
+                    for file in self.declaration.files:
+                        await asyncio.to_thread(sync_file, self.folder / file.name)
             return received
 
-    async def _sync_files(self) -> None:
-        try:
-            for file in self.declaration.files:
-                await asyncio.to_thread(sync_file, self.folder / file.name)
-        except FileNotFoundError as error:
-            raise NotFoundError("The upload was abandoned.", field="upload_id") from error
+
+@contextmanager
+def _reporting_abandoned() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFoundError("The upload was abandoned.", field="upload_id") from error
 
 
 def split_at_files(files: Sequence[DeclaredFile], offset: int, data: bytes) -> list[tuple[str, int, bytes]]:
@@ -179,35 +228,50 @@ class Uploads:
         self._expire_seconds = expire_seconds
         self._open: dict[str, Upload] = {}
 
-    def begin(self, declaration: Declaration) -> Upload:
+    def begin(self, declaration: Declaration, *, epoch: int) -> Upload:
         """Return the upload of this declaration: the open one of the same content, or a new one in place of another.
 
         Raises:
             AbortedError: Another content for this version is being committed.
             InvalidArgumentError: request_id was used for another content.
-            ResourceExhaustedError: Too many open uploads, or the disk is full.
+            ResourceExhaustedError: Too many open uploads, or STORAGE_FULL.
         """
         self.expire()
         for upload in list(self._open.values()):
             if upload.declaration.same_content(declaration):
                 upload.touched = time.monotonic()
+                upload.epoch = max(upload.epoch, epoch)
                 return upload
             if upload.declaration.request_id == declaration.request_id:
                 raise InvalidArgumentError("This request_id was used for another adapter.", field="request_id")
-            if upload.declaration.key == declaration.key:
-                if upload.committing:
-                    raise AbortedError("Another upload of this version is being committed.")
-                self.forget(upload)
+            abandoned = upload.declaration.run_id == declaration.run_id and upload.epoch < epoch
+            if abandoned or upload.declaration.key == declaration.key:
+                self._replace(upload, epoch)
         if len(self._open) >= MAX_OPEN_UPLOADS:
             raise ResourceExhaustedError(
                 f"{MAX_OPEN_UPLOADS} uploads are open.", reason="TOO_MANY_UPLOADS", retry_after_seconds=5.0
             )
-        outstanding = sum(upload.declaration.size_bytes - upload.received_bytes for upload in self._open.values())
-        self.storage.check_space(outstanding + declaration.size_bytes)
+        self.storage.check_space(self._outstanding() + declaration.size_bytes)
         upload_id = uuid.uuid4().hex
-        upload = Upload(upload_id, declaration, self.storage.stage(upload_id))
+        upload = Upload(upload_id, declaration, self.storage.stage(upload_id), epoch)
         self._open[upload_id] = upload
         return upload
+
+    def missing_bytes(self, declaration: Declaration) -> int:
+        """Return how much would have to go for this upload to fit; 0 or less if it does."""
+        return self.storage.missing_bytes(self._outstanding() + declaration.size_bytes)
+
+    def _outstanding(self) -> int:
+        """Return what the open uploads will still take."""
+        return sum(upload.declaration.size_bytes - upload.received_bytes for upload in self._open.values())
+
+    def _replace(self, upload: Upload, epoch: int) -> None:
+        """Make way for other content of the same version, or drop what a writer has begun that was replaced since."""
+        if not upload.committing:
+            self.forget(upload)
+        elif upload.epoch >= epoch:
+            raise AbortedError("Another upload of this version is being committed.")
+        # Else a writer that has been replaced is committing it: the fence refuses it before it can be used.
 
     def get(self, upload_id: str) -> Upload:
         """Return an open upload.
@@ -221,6 +285,26 @@ class Uploads:
             raise NotFoundError("There is no such upload; it may have expired. Begin again.", field="upload_id")
         upload.touched = time.monotonic()
         return upload
+
+    async def write(self, upload: Upload, chunk: Chunk) -> None:
+        """Append bytes; an upload that the disk has no room for is dropped, which frees what it took.
+
+        Raises:
+            TetherError: What `Upload.write` raises.
+        """
+        try:
+            await upload.write(chunk)
+        except ResourceExhaustedError:
+            self.forget(upload)
+            raise
+
+    async def sync(self, upload: Upload) -> int:
+        """Have all received bytes reach the disk and return their number, with the same care."""
+        try:
+            return await upload.sync()
+        except ResourceExhaustedError:
+            self.forget(upload)
+            raise
 
     def forget(self, upload: Upload) -> None:
         """Drop an upload and its staged bytes."""

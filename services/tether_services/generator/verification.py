@@ -19,6 +19,8 @@ from tether_services.runtime.content_hash import hash_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MANIFEST_NAME = "manifest.json"
+"""Ours, beside the two in a stored version."""
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 """A header entry takes about 150 bytes: room for 50,000 tensors."""

@@ -72,7 +72,7 @@ class Addresses:
 
 
 class LocalDeployment:
-    """Starts the four services, restarts one that dies, and stops all of them at the end. An async context manager.
+    """Starts the four services, replaces one that dies or hangs, stops all at the end. An async context manager.
 
     The children do not outlive this process, whatever ends it.
     """

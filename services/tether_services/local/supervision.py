@@ -20,6 +20,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError, UnavailableError
+from tether_services.runtime.health import LIVENESS
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE
 
 Report = Callable[[str], None]
@@ -31,6 +32,10 @@ LAST_BACKOFF_SECONDS: Final = 30.0
 STEADY_SECONDS: Final = 60.0
 """A child that has lived this long starts its next series of restarts at the first pause."""
 POLL_SECONDS: Final = 0.1
+PROBE_SECONDS: Final = 5.0
+"""Pause before each liveness check of a child that serves, and how long its answer may take."""
+HUNG_PROBES: Final = 3
+"""A child that fails this many liveness checks in a row is killed and started again."""
 LOG_TAIL_LINES: Final = 12
 LOG_TAIL_CHARS: Final = 400
 """Of a log line, in an error message."""
@@ -57,8 +62,16 @@ class ChildSpec:
 class Child:
     """A supervised child process."""
 
-    def __init__(self, spec: ChildSpec, *, report: Report) -> None:
+    def __init__(self, spec: ChildSpec, *, report: Report, probe_seconds: float = PROBE_SECONDS) -> None:
+        """Prepare; `start` does the work.
+
+        Args:
+            spec: What to run.
+            report: Called with one line per event.
+            probe_seconds: See PROBE_SECONDS.
+        """
         self.spec = spec
+        self._probe_seconds = probe_seconds
         self.num_restarts = 0
         """How often it has died and been started again."""
         self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -74,7 +87,7 @@ class Child:
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def start(self, *, timeout_seconds: float) -> None:
-        """Start the process, wait until it serves, and restart it from then on whenever it dies.
+        """Start the process, wait until it serves, and restart it from then on whenever it dies or hangs.
 
         Raises:
             FailedPreconditionError: It ended before it served; the message holds its last log lines.
@@ -124,7 +137,7 @@ class Child:
         assert process is not None
         deadline = time.monotonic() + timeout_seconds
         async with grpc.aio.insecure_channel(self.spec.address) as channel:
-            while not await _is_serving(channel):
+            while not await _is_serving(channel, timeout_seconds=PROBE_SECONDS):
                 if process.returncode is not None:
                     raise self._ended_early(process.returncode)
                 if time.monotonic() > deadline:
@@ -146,7 +159,7 @@ class Child:
         pause = FIRST_BACKOFF_SECONDS
         while True:
             assert self._process is not None
-            code = await self._process.wait()
+            code = await self._wait_for_end(self._process)
             _kill_group(self._process.pid)
             died = f"{self.spec.name} {_describe_exit(code)}"
             if code == CONFIG_ERROR_EXIT_CODE:
@@ -160,6 +173,27 @@ class Child:
             self.num_restarts += 1
             await self._spawn()
             await self._serve_again(timeout_seconds)
+
+    async def _wait_for_end(self, process: Process) -> int:
+        """Return the exit status of a process that serves; one that hangs is killed first."""
+        watching = asyncio.create_task(self._kill_if_hung(process))
+        try:
+            return await process.wait()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _kill_if_hung(self, process: Process) -> None:
+        """Kill the process once it fails several liveness checks in a row: stopped, deadlocked, or its engine dead."""
+        failures = 0
+        async with grpc.aio.insecure_channel(self.spec.address) as channel:
+            while failures < HUNG_PROBES:
+                await asyncio.sleep(self._probe_seconds)
+                alive = await _is_serving(channel, LIVENESS, timeout_seconds=self._probe_seconds)
+                failures = 0 if alive else failures + 1
+        if process.returncode is None:
+            self._report(f"{self.spec.name} has failed {failures} liveness checks in a row and is killed")
+            process.kill()
 
     async def _serve_again(self, timeout_seconds: float) -> None:
         """Wait until a restarted process serves, and kill it if it does not: the next round starts another one."""
@@ -183,16 +217,16 @@ class Child:
         return f"Its log {self.spec.log_file} ends with:{tail or ' nothing'}"
 
 
-async def _is_serving(channel: grpc.aio.Channel) -> bool:
+async def _is_serving(channel: grpc.aio.Channel, name: str = "", *, timeout_seconds: float) -> bool:
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
     try:
-        response = await check(health_pb2.HealthCheckRequest(), timeout=5)
+        response = await check(health_pb2.HealthCheckRequest(service=name), timeout=timeout_seconds)
     except grpc.aio.AioRpcError:
-        return False  # not listening yet
+        return False  # not listening yet, or silent
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 

@@ -1,1 +1,1 @@
-"""The PPO orchestrator: StartRun, GetRun, ListRuns, CancelRun, ResumeRun and WatchRun."""
+"""The PPO orchestrator: StartRun, GetRun, ListRuns, CancelRun, ResumeRun, WatchRun and ListSteps."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
-__all__ = ["OrchestratorSettings", "PpoConfig", "RunConfig", "TrainerConfig"]
+__all__ = ["FailureConfig", "OrchestratorSettings", "PpoConfig", "RunConfig", "TrainerConfig"]
 
 PROGRAM = "tether serve orchestrator"
 ENV_PREFIX = "TETHER_ORCHESTRATOR__"
@@ -159,6 +159,20 @@ class TrainerConfig(Settings):
     """Of adapter initialisation and minibatch order, 0 to 2^63 - 1."""
 
 
+class FailureConfig(Settings):
+    """What a step does when a service does not deliver what it was asked for. No number is ever made up."""
+
+    on_missing: Literal["fail", "drop"] | None = None
+    """`fail` ends the try of the step, `drop` leaves the sample out; unset: `drop` for what a service answers with an
+    error for one item, `fail` for a call that has no answer."""
+    max_dropped: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the samples of a step that may be left out, 0 to below 1."""
+    step_retries: int = Field(default=2, ge=0, le=100)
+    """Tries of a rollout after the first, with the same seeds, before the attempt ends, 0 to 100."""
+    retry_budget: int = Field(default=1000, ge=0, le=1_000_000)
+    """Repeats that all calls of a step may make together, 0 to 1,000,000."""
+
+
 class RunConfig(Settings):
     """One training run. Relative paths are relative to the working directory of the orchestrator."""
 
@@ -194,6 +208,7 @@ class RunConfig(Settings):
     """Newest checkpoints kept, 1 to 1000."""
     ppo: PpoConfig = PpoConfig()
     trainer: TrainerConfig
+    failure: FailureConfig = FailureConfig()
 
 
 class OrchestratorSettings(ServerSettings):
@@ -226,8 +241,18 @@ class OrchestratorSettings(ServerSettings):
     cancel_seconds: float = Field(default=300.0, gt=0, le=86400)
     """A worker that is still at work this long after CancelRun is ended; longer than a step takes."""
     max_retries: int = Field(default=10, ge=0, le=1000)
-    """A call that finds a service unavailable or full is repeated this often before the run fails."""
+    """A call that finds a service away, silent or full is repeated this often before it counts as failed."""
     retry_backoff_seconds: float = Field(default=0.5, gt=0, le=60)
     """Wait before the first repeat; doubles each time up to 8 seconds, so the defaults bridge about a minute."""
     concurrency: int = Field(default=64, ge=1, le=10_000)
     """Prompts in flight at the same time."""
+    auto_resume: Literal["off", "after_crash", "always"] = "after_crash"
+    """Runs that go on by themselves: none; those whose worker or orchestrator died; also those that a stop of the
+    orchestrator ended."""
+    max_restarts: int = Field(default=5, ge=0, le=1000)
+    """A run that dies this often in a row without a new step is FAILED and waits for ResumeRun."""
+    lease_seconds: float = Field(default=20.0, ge=1, le=3600)
+    """A worker renews its lease four times in this time; one that has not for three times as long is ended."""
+    keep_checkpoint_hours: float | None = Field(default=None, gt=0)
+    """Checkpoints older than this are removed although `keep_checkpoints` would keep them, never the newest; unset: no
+    limit."""

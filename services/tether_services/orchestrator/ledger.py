@@ -1,77 +1,69 @@
 """The step ledger: one SQLite file that says which runs exist and which steps are committed.
 
-A step is committed exactly once and without gaps. Every writer names its epoch; a writer of an earlier attempt is
-refused, so a worker that was thought dead can never write beside its successor. Transactions are short: the service
-process reads while a worker writes.
+A step is committed exactly once and without gaps, together with its samples and its checkpoint. Every writer names its
+epoch and holds the lease of the run; a writer of an earlier attempt is refused, so a worker that was thought dead can
+never write beside its successor. Transactions are short: the service process reads while a worker writes.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tether.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from tether.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from tether_services.orchestrator import ledger_runs, ledger_schema, ledger_steps
+from tether_services.orchestrator.lease import Lease, boot_clock_ns, boot_id, own_holder
+from tether_services.orchestrator.ledger_file import LedgerFile
 from tether_services.orchestrator.records import (
-    ACTIVE_STATES,
     FINAL_STATES,
     RESUMABLE_STATES,
     Attempt,
+    CheckpointRow,
+    RunIdentity,
     RunRecord,
     RunState,
+    SampleRow,
+    StepOutcome,
     StepRecord,
+    StepState,
 )
+from tether_services.runtime.fault_points import reach
 
 __all__ = ["Ledger"]
 
-_BUSY_SECONDS = 10.0
-"""How long a transaction waits for another one; they take milliseconds."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS runs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    run_id TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL,
-    epoch INTEGER NOT NULL,
-    total_steps INTEGER NOT NULL,
-    policy_version INTEGER NOT NULL DEFAULT 0,
-    error TEXT NOT NULL DEFAULT '',
-    cancel_requested INTEGER NOT NULL DEFAULT 0,
-    create_time REAL NOT NULL,
-    end_time REAL,
-    config_toml TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS steps (
-    run_id TEXT NOT NULL REFERENCES runs (run_id),
-    step INTEGER NOT NULL,
-    epoch INTEGER NOT NULL,
-    policy_version INTEGER NOT NULL,
-    metrics TEXT NOT NULL,
-    distributions TEXT NOT NULL,
-    commit_time REAL NOT NULL,
-    PRIMARY KEY (run_id, step)
-);
-"""
-_RUN_COLUMNS = """
-    run_id, state, epoch, (SELECT COUNT(*) FROM steps WHERE steps.run_id = runs.run_id), total_steps, policy_version,
-    error, cancel_requested, create_time, end_time, config_toml
-"""
-_ACTIVE = tuple(sorted(state.value for state in ACTIVE_STATES))
+BUSY_SECONDS = 10.0
+"""How long a transaction waits for one of another process unless told otherwise."""
 
 
 class Ledger:
     """Runs and steps in `<state_dir>/ledger.sqlite`. Safe to use from several threads and processes."""
 
-    def __init__(self, state_dir: Path) -> None:
-        """Open the ledger of a state folder; both are created where they do not exist."""
+    def __init__(
+        self, state_dir: Path, *, busy_seconds: float = BUSY_SECONDS, clock_ns: Callable[[], int] = boot_clock_ns
+    ) -> None:
+        """Open the ledger of a state folder; both are created where they do not exist.
+
+        Args:
+            state_dir: The folder, on a local disk.
+            busy_seconds: How long a transaction waits for one of another process.
+            clock_ns: Clock of the leases.
+
+        Raises:
+            TetherError: STORAGE_FULL, LEDGER_BUSY, LEDGER_DAMAGED, LEDGER_UNWRITABLE or LEDGER_NEWER.
+        """
         self.state_dir = state_dir.resolve()
         self.state_dir.mkdir(parents=True, exist_ok=True)
-        self._path = self.state_dir / "ledger.sqlite"
-        with closing(self._connect()) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA)
+        self._clock_ns = clock_ns
+        self._leases: dict[str, Lease] = {}
+        self._file = LedgerFile(self.state_dir / "ledger.sqlite", busy_seconds=busy_seconds)
+        with self._file.write() as connection:
+            ledger_schema.prepare(connection, self.state_dir)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def directory(self, run_id: str) -> Path:
         """Return the folder of a run."""
@@ -84,8 +76,8 @@ class Ledger:
             InvalidArgumentError: A run of that id exists.
             FailedPreconditionError: RUN_ACTIVE: another run uses the trainer.
         """
-        with self._write() as connection:
-            _refuse_while_active(connection)
+        with self._file.write() as connection:
+            ledger_runs.refuse_while_active(connection)
             try:
                 connection.execute(
                     "INSERT INTO runs (run_id, state, epoch, total_steps, create_time, config_toml)"
@@ -98,86 +90,242 @@ class Ledger:
                 ) from error
         return Attempt(run_id, 1, self.directory(run_id))
 
-    def begin_attempt(self, run_id: str) -> Attempt:
+    def begin_attempt(self, run_id: str, *, request_id: str = "") -> Attempt:
         """Put a failed or cancelled run back to PENDING under a new epoch and return the attempt.
+
+        Args:
+            run_id: The run.
+            request_id: Kept with the answer, see `find_answer`; empty: not.
 
         Raises:
             NotFoundError: There is no such run.
             FailedPreconditionError: It runs or has succeeded (RUN_NOT_RESUMABLE), or another is active (RUN_ACTIVE).
         """
-        with self._write() as connection:
-            run = _get(connection, run_id)
+        with self._file.write() as connection:
+            run = ledger_runs.get_run(connection, run_id)
             if run.state not in RESUMABLE_STATES:
                 message = f"Run {run_id!r} is {run.state.value}; only a failed or cancelled run can be resumed."
                 raise FailedPreconditionError(message, field="run_id", reason="RUN_NOT_RESUMABLE")
-            _refuse_while_active(connection)
-            connection.execute(
-                "UPDATE runs SET state = ?, epoch = epoch + 1, error = '', cancel_requested = 0, end_time = NULL"
-                " WHERE run_id = ?",
-                (RunState.PENDING.value, run_id),
-            )
-        return Attempt(run_id, run.epoch + 1, self.directory(run_id))
+            ledger_runs.refuse_while_active(connection)
+            attempt = self._next_attempt(connection, run, restarts=0)
+            begun = ledger_runs.get_run(connection, run_id)
+            ledger_runs.remember_answer(connection, request_id, "ResumeRun", begun)
+        return attempt
+
+    def restart_attempt(self, attempt: Attempt, *, reason: str, max_restarts: int) -> Attempt | None:
+        """Put a run whose worker died back to PENDING under a new epoch; None if it has ended or ends now.
+
+        It ends now as CANCELLED if that was asked for, and as FAILED for `reason` after `max_restarts` restarts since
+        the last committed step.
+        """
+        with self._file.write() as connection:
+            try:
+                run = ledger_runs.check_epoch(connection, attempt)
+            except AbortedError:
+                return None
+            query = "SELECT restarts FROM runs WHERE run_id = ?"
+            (restarts,) = connection.execute(query, (run.run_id,)).fetchone()
+            if run.cancel_requested:
+                self._end(connection, run, RunState.CANCELLED, error="", interrupted=False)
+                return None
+            if restarts >= max_restarts:
+                error = reason + (f" ({restarts} restarts in a row brought no step)" if restarts else "")
+                self._end(connection, run, RunState.FAILED, error=error, interrupted=False)
+                return None
+            return self._next_attempt(connection, run, restarts=restarts + 1)
+
+    def _next_attempt(self, connection: sqlite3.Connection, run: RunRecord, *, restarts: int) -> Attempt:
+        ledger_steps.abandon_samples(connection, run.run_id)
+        connection.execute(
+            "UPDATE runs SET state = ?, epoch = epoch + 1, error = '', cancel_requested = 0, end_time = NULL,"
+            " interrupted = 0, restarts = ? WHERE run_id = ?",
+            (RunState.PENDING.value, restarts, run.run_id),
+        )
+        return Attempt(run.run_id, run.epoch + 1, self.directory(run.run_id))
+
+    def acquire_lease(self, attempt: Attempt, *, seconds: float) -> Lease:
+        """Make this process the one writer of a run and return its lease; from now on each write checks it.
+
+        Raises:
+            AbortedError: The attempt is over (STALE_EPOCH), or another process holds the lease (LEASE_HELD).
+        """
+        with self._file.write() as connection:
+            ledger_runs.check_epoch(connection, attempt)
+            now = self._clock_ns()
+            lease = Lease(attempt.run_id, attempt.epoch, own_holder(), boot_id(), now + int(seconds * 1e9))
+            ledger_runs.put_lease(connection, lease, now_ns=now)
+        self._leases[attempt.run_id] = lease
+        return lease
+
+    def renew_lease(self, lease: Lease, *, seconds: float) -> Lease:
+        """Return the lease, valid for some more time; one that expired and that nobody took is valid again.
+
+        Raises:
+            AbortedError: LEASE_LOST.
+        """
+        expires_ns = self._clock_ns() + int(seconds * 1e9)
+        with self._file.write() as connection:
+            ledger_runs.check_lease(connection, lease.run_id, lease)
+            connection.execute("UPDATE leases SET expires_ns = ? WHERE run_id = ?", (expires_ns, lease.run_id))
+        return Lease(lease.run_id, lease.epoch, lease.holder, lease.boot_id, expires_ns)
+
+    def get_lease(self, run_id: str) -> Lease | None:
+        """Return the lease of a run; None if nobody has taken it."""
+        with self._file.read() as connection:
+            return ledger_runs.read_lease(connection, run_id)
 
     def mark_running(self, attempt: Attempt) -> None:
         """Say that the worker of this attempt is training.
 
         Raises:
-            AbortedError: The attempt is over: another one has begun, or the run has ended.
+            AbortedError: The attempt is over (STALE_EPOCH), or another process has the run (LEASE_LOST).
         """
-        with self._write() as connection:
-            _check_epoch(connection, attempt)
+        with self._file.write() as connection:
+            self._check_writer(connection, attempt)
             connection.execute("UPDATE runs SET state = ? WHERE run_id = ?", (RunState.RUNNING.value, attempt.run_id))
 
-    def commit_step(self, attempt: Attempt, record: StepRecord) -> None:
-        """Commit a step and the policy version that it published, `record.policy_version + 1`, in one transaction.
+    def pin_identity(self, attempt: Attempt, identity: RunIdentity) -> None:
+        """Keep the hashes of what a run works with at its first attempt, and compare them at later ones.
 
         Raises:
-            AbortedError: The attempt is over, or the step is not the next one (STEP_OUT_OF_ORDER).
+            AbortedError: See `mark_running`.
+            FailedPreconditionError: BASE_CHANGED, REWARD_MODEL_CHANGED or PROMPTS_CHANGED, with both hashes.
         """
-        with self._write() as connection:
-            run = _check_epoch(connection, attempt)
-            if record.step != run.num_committed_steps:
-                message = (
-                    f"Step {record.step} of run {run.run_id!r} cannot follow {run.num_committed_steps} committed steps."
-                )
-                raise AbortedError(message, reason="STEP_OUT_OF_ORDER")
-            connection.execute(
-                "INSERT INTO steps (run_id, step, epoch, policy_version, metrics, distributions, commit_time)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (run.run_id, record.step, attempt.epoch, record.policy_version, *_encode(record), time.time()),
-            )
-            connection.execute(
-                "UPDATE runs SET policy_version = ? WHERE run_id = ?", (record.policy_version + 1, run.run_id)
-            )
+        with self._file.write() as connection:
+            self._check_writer(connection, attempt)
+            ledger_runs.pin(connection, attempt.run_id, identity)
 
-    def finish(self, attempt: Attempt, state: RunState, *, error: str = "") -> bool:
-        """End an attempt; return False, changing nothing, if it is over already."""
-        with self._write() as connection:
+    def record_samples(self, attempt: Attempt, step: int, rows: Sequence[SampleRow]) -> None:
+        """Record the completions of a rollout before the update that learns from them.
+
+        Raises:
+            AbortedError: See `mark_running`; or this attempt has recorded samples of the step (LEDGER_CONFLICT).
+        """
+        with self._file.write() as connection:
+            self._check_writer(connection, attempt)
+            ledger_steps.add_samples(connection, attempt, step, rows)
+
+    def commit_step(self, attempt: Attempt, record: StepRecord, outcome: StepOutcome | None = None) -> None:
+        """Commit a step in one transaction: its figures, that its samples are trained on, and its checkpoint.
+
+        The version that it made, `record.policy_version + 1`, is in use once `record_push` says so.
+
+        Raises:
+            AbortedError: See `mark_running`; or the step is not the next one (STEP_OUT_OF_ORDER).
+            InternalError: The samples do not add up (SAMPLES_UNACCOUNTED).
+        """
+        with self._file.write() as connection:
+            run = self._check_writer(connection, attempt)
+            ledger_steps.insert_step(connection, run, record, outcome or StepOutcome())
+            reach("commit.open")
+
+    def record_push(self, attempt: Attempt, version: int, figures: Mapping[str, float]) -> None:
+        """Say that the generator serves a version, and add the figures of the push to the step that made it.
+
+        Raises:
+            AbortedError: See `mark_running`; or no committed step made the version (PUSH_NOT_COMMITTED).
+        """
+        with self._file.write() as connection:
+            run = self._check_writer(connection, attempt)
+            ledger_steps.record_push(connection, run, version, figures)
+
+    def has_open_push(self, run_id: str) -> bool:
+        """Return whether the newest committed version of a run has not been recorded as in use."""
+        with self._file.read() as connection:
+            newest = ledger_steps.newest_push(connection, run_id)
+        return newest is not None and newest[1] == "open"
+
+    def retain_checkpoints(self, attempt: Attempt, *, count: int, hours: float | None = None) -> list[CheckpointRow]:
+        """Mark all but the newest checkpoints as removed, and return those that stay, newest first.
+
+        Args:
+            attempt: Of the run.
+            count: How many stay at most.
+            hours: None older than this stays, but the newest always; None: no limit.
+
+        Raises:
+            AbortedError: See `mark_running`.
+        """
+        with self._file.write() as connection:
+            self._check_writer(connection, attempt)
+            return ledger_steps.retain_checkpoints(connection, attempt.run_id, count=count, hours=hours)
+
+    def finish(self, attempt: Attempt, state: RunState, *, error: str = "", interrupted: bool = False) -> bool:
+        """End an attempt; return False, changing nothing, if it is over already.
+
+        On a full disk the room that was set aside for this is given up.
+
+        Args:
+            attempt: What ends.
+            state: How.
+            error: Why it failed.
+            interrupted: Whether a stop of the orchestrator has ended it, see `interrupted_run`.
+
+        Raises:
+            TetherError: It could not be recorded: see `Ledger`.
+        """
+        try:
+            ended = self._finish(attempt, state, error=error, interrupted=interrupted)
+        except ResourceExhaustedError:
+            self._file.give_up_reserve()
+            ended = self._finish(attempt, state, error=error, interrupted=interrupted)
+        self._file.keep_reserve()
+        return ended
+
+    def _finish(self, attempt: Attempt, state: RunState, *, error: str, interrupted: bool) -> bool:
+        with self._file.write() as connection:
             try:
-                _check_epoch(connection, attempt)
+                run = ledger_runs.check_epoch(connection, attempt)
             except AbortedError:
                 return False
-            connection.execute(
-                "UPDATE runs SET state = ?, error = ?, end_time = ? WHERE run_id = ?",
-                (state.value, error, time.time(), attempt.run_id),
-            )
+            if attempt.run_id in self._leases:  # the service, which takes none, ends what it has seen dead
+                ledger_runs.check_lease(connection, attempt.run_id, self._leases[attempt.run_id])
+            self._end(connection, run, state, error=error, interrupted=interrupted)
         return True
 
-    def request_cancel(self, run_id: str) -> RunRecord:
+    def _end(
+        self, connection: sqlite3.Connection, run: RunRecord, state: RunState, *, error: str, interrupted: bool
+    ) -> None:
+        connection.execute(
+            "UPDATE runs SET state = ?, error = ?, end_time = ?, interrupted = ? WHERE run_id = ?",
+            (state.value, error, time.time(), interrupted, run.run_id),
+        )
+        connection.execute("DELETE FROM leases WHERE run_id = ?", (run.run_id,))
+
+    def request_cancel(self, run_id: str, *, request_id: str = "") -> RunRecord:
         """Ask the worker of an active run to stop and return the run; a repeat changes nothing.
 
+        Args:
+            run_id: The run.
+            request_id: A repeat with the same one returns the first answer; empty: not remembered.
+
         Raises:
+            InvalidArgumentError: REQUEST_ID_REUSED: it was another request.
             NotFoundError: There is no such run.
             FailedPreconditionError: It has succeeded or failed (RUN_ENDED).
         """
-        with self._write() as connection:
-            run = _get(connection, run_id)
+        with self._file.write() as connection:
+            answered = ledger_runs.find_answer(connection, request_id, "CancelRun", run_id)
+            if answered is not None:
+                return answered
+            run = ledger_runs.get_run(connection, run_id)
             if run.state in FINAL_STATES - {RunState.CANCELLED}:
                 message = f"Run {run_id!r} has ended already: {run.state.value}."
                 raise FailedPreconditionError(message, field="run_id", reason="RUN_ENDED")
             if run.state is not RunState.CANCELLED:
                 connection.execute("UPDATE runs SET cancel_requested = 1 WHERE run_id = ?", (run_id,))
-            return _get(connection, run_id)
+            run = ledger_runs.get_run(connection, run_id)
+            ledger_runs.remember_answer(connection, request_id, "CancelRun", run)
+            return run
+
+    def find_answer(self, request_id: str, *, method: str, run_id: str) -> RunRecord | None:
+        """Return the run as a request of that id was answered; None if there was none, or the id is empty.
+
+        Raises:
+            InvalidArgumentError: REQUEST_ID_REUSED: it was another request.
+        """
+        with self._file.read() as connection:
+            return ledger_runs.find_answer(connection, request_id, method, run_id)
 
     def get_run(self, run_id: str) -> RunRecord:
         """Return a run.
@@ -185,83 +333,53 @@ class Ledger:
         Raises:
             NotFoundError: There is none of that id.
         """
-        with closing(self._connect()) as connection:
-            return _get(connection, run_id)
+        with self._file.read() as connection:
+            return ledger_runs.get_run(connection, run_id)
 
     def list_runs(self, *, start: int = 0, limit: int = 200) -> list[RunRecord]:
         """Return up to `limit` runs, newest first, leaving out the first `start`."""
-        query = f"SELECT {_RUN_COLUMNS} FROM runs ORDER BY number DESC LIMIT ? OFFSET ?"
-        with closing(self._connect()) as connection:
-            return [_run(row) for row in connection.execute(query, (limit, start))]
+        query = f"SELECT {ledger_runs.RUN_COLUMNS} FROM runs ORDER BY number DESC LIMIT ? OFFSET ?"
+        with self._file.read() as connection:
+            return [ledger_runs.read_run(row) for row in connection.execute(query, (limit, start)).fetchall()]
 
     def active_run(self) -> RunRecord | None:
         """Return the run that is pending or running; None if there is none."""
-        query = f"SELECT {_RUN_COLUMNS} FROM runs WHERE state IN (?, ?)"
-        with closing(self._connect()) as connection:
-            row = connection.execute(query, _ACTIVE).fetchone()
-        return _run(row) if row else None
+        return self._find_run("state IN (?, ?)", ledger_runs.ACTIVE)
 
-    def list_steps(self, run_id: str, *, first_step: int = 0, limit: int = 1000) -> list[StepRecord]:
-        """Return up to `limit` committed steps from `first_step` on, in order."""
-        query = (
-            "SELECT step, policy_version, metrics, distributions, commit_time FROM steps"
-            " WHERE run_id = ? AND step >= ? ORDER BY step LIMIT ?"
-        )
-        with closing(self._connect()) as connection:
-            rows = connection.execute(query, (run_id, first_step, limit)).fetchall()
-        return [StepRecord(row[0], row[1], json.loads(row[2]), json.loads(row[3]), row[4]) for row in rows]
+    def interrupted_run(self) -> RunRecord | None:
+        """Return the newest run that a stop of the orchestrator ended and nobody resumed; None if there is none."""
+        return self._find_run("interrupted = 1", ())
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+    def _find_run(self, condition: str, values: tuple[str, ...]) -> RunRecord | None:
+        query = f"SELECT {ledger_runs.RUN_COLUMNS} FROM runs WHERE {condition} ORDER BY number DESC LIMIT 1"
+        with self._file.read() as connection:
+            row = connection.execute(query, values).fetchone()
+        return ledger_runs.read_run(row) if row else None
 
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        """Run a block as one transaction that no other writer can interleave with."""
-        with closing(self._connect()) as connection:
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:  # whatever happened, nothing of the block may stay
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+    def list_steps(
+        self, run_id: str, *, first_step: int = 0, limit: int = 1000, pushed_only: bool = False
+    ) -> list[StepRecord]:
+        """Return up to `limit` committed steps from `first_step` on, in order; `pushed_only`: of recorded pushes."""
+        with self._file.read() as connection:
+            return ledger_steps.list_records(
+                connection, run_id, first_step=first_step, limit=limit, pushed_only=pushed_only
+            )
 
+    def list_states(self, run_id: str, *, first_step: int = 0, limit: int = 1000) -> list[StepState]:
+        """Return up to `limit` committed steps from `first_step` on, with what they left behind."""
+        with self._file.read() as connection:
+            return ledger_steps.list_states(connection, run_id, first_step=first_step, limit=limit)
 
-def _get(connection: sqlite3.Connection, run_id: str) -> RunRecord:
-    row = connection.execute(f"SELECT {_RUN_COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    if row is None:
-        raise NotFoundError(f"There is no run named {run_id!r}.", field="run_id", reason="RUN_NOT_FOUND")
-    return _run(row)
+    def last_commit(self, run_id: str) -> StepState | None:
+        """Return the last committed step of a run; None if it has none."""
+        committed = self.get_run(run_id).num_committed_steps
+        states = self.list_states(run_id, first_step=committed - 1, limit=1) if committed else []
+        return states[0] if states else None
 
+    def count_samples(self, run_id: str) -> dict[str, int]:
+        """Return how many samples of a run are in each state: generated (in flight), trained, dropped, abandoned."""
+        with self._file.read() as connection:
+            return ledger_steps.count_sample_states(connection, run_id)
 
-def _run(row: tuple[str, str, int, int, int, int, str, int, float, float | None, str]) -> RunRecord:
-    run_id, state, epoch, committed, total, version, error, cancel, created, ended, config = row
-    return RunRecord(
-        run_id, RunState(state), epoch, committed, total, version, error, bool(cancel), created, ended, config
-    )
-
-
-def _check_epoch(connection: sqlite3.Connection, attempt: Attempt) -> RunRecord:
-    run = _get(connection, attempt.run_id)
-    if run.epoch != attempt.epoch or run.state in FINAL_STATES:
-        message = (
-            f"Attempt {attempt.epoch} of run {run.run_id!r} is over: attempt {run.epoch} is {run.state.value}."
-            " This worker must stop."
-        )
-        raise AbortedError(message, reason="STALE_EPOCH")
-    return run
-
-
-def _refuse_while_active(connection: sqlite3.Connection) -> None:
-    row = connection.execute("SELECT run_id, state FROM runs WHERE state IN (?, ?)", _ACTIVE).fetchone()
-    if row:
-        message = f"Run {row[0]!r} is {row[1]} and uses the trainer; wait for its end or cancel it."
-        raise FailedPreconditionError(message, field="run_id", reason="RUN_ACTIVE")
-
-
-def _encode(record: StepRecord) -> tuple[str, str]:
-    """Return metrics and distributions as JSON; a value that is not finite is a defect of the caller."""
-    metrics = json.dumps(dict(record.metrics), allow_nan=False)
-    distributions = json.dumps({k: list(v) for k, v in record.distributions.items()}, allow_nan=False)
-    return metrics, distributions
+    def _check_writer(self, connection: sqlite3.Connection, attempt: Attempt) -> RunRecord:
+        return ledger_runs.check_writer(connection, attempt, self._leases.get(attempt.run_id))

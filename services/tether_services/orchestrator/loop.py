@@ -1,6 +1,6 @@
 """The training loop: evaluate, step after step, evaluate.
 
-prompts -> generate -> (score | reference log-probabilities) -> update -> checkpoint -> push -> activate -> commit
+prompts -> generate -> (score | reference log-probabilities) -> update -> checkpoint -> commit -> push -> activate
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import logging
 from tether.errors import CancelledError, FailedPreconditionError
 from tether_services.orchestrator.evaluation import evaluate
 from tether_services.orchestrator.prompts import derive_seed, step_prompts
-from tether_services.orchestrator.records import StepRecord
+from tether_services.orchestrator.publishing import LocalAdapter
+from tether_services.orchestrator.records import StepOutcome, StepRecord
 from tether_services.orchestrator.rollouts import Rollout
 from tether_services.orchestrator.session import Session
-from tether_services.orchestrator.step_record import StepClock, summarise_step
+from tether_services.orchestrator.step_record import StepClock, name_phase, summarise_push, summarise_step
 from tether_services.orchestrator.trainer import RolloutBatch, Sample, UpdateReport
 from tether_services.ppo.mismatch import WARNING_LIMITS
+from tether_services.runtime.fault_points import reach
+from tether_services.runtime.history import record as record_history
 from tether_services.runtime.logging import log_event
 
 __all__ = ["run_step", "run_training", "to_batch"]
@@ -44,27 +47,90 @@ async def run_training(session: Session) -> None:
 
 
 async def run_step(session: Session, step: int) -> StepRecord:
-    """Sample, score, learn once, publish the new adapter, commit the step and return its record."""
+    """Sample, score, learn once, commit the step, publish the new adapter and return the record of the step."""
     clock = StepClock()
+    rollout, update = await learn(session, step, clock)
+    with clock.phase("push_serialize", step):
+        adapter = await session.export_adapter(step + 1)
+        reach("adapter.exported")
+    with clock.phase("checkpoint", step):
+        checkpoint = await session.save_checkpoint(step + 1)
+    record = summarise_step(step, rollout, update, clock.finish(), adapter_bytes=adapter.size_bytes)
+    outcome = StepOutcome(adapter.sha256, checkpoint, rollout.counts)
+    with name_phase(f"step {step}, commit"):
+        await asyncio.to_thread(session.ledger.commit_step, session.attempt, record, outcome)
+    note_commit(session, step, outcome)
+    reach("commit.done")
+    await publish(session, step, adapter, clock)
+    with name_phase(f"step {step}, retention"):
+        await asyncio.to_thread(retain, session, step + 1)
+    log_event(log, "step committed", run_id=session.attempt.run_id, step=step, policy_version=step + 1)
+    return session.ledger.list_steps(session.attempt.run_id, first_step=step, limit=1)[0]
+
+
+async def learn(session: Session, step: int, clock: StepClock) -> tuple[Rollout, UpdateReport]:
+    """Sample, score and learn once; return the rollout and what the update did."""
+    session.check_lease()
+    note(session, "begun", step=step, policy_version=session.publisher.policy_version)
+    reach("step.begun")
     with clock.phase("rollout", step):
         rollout = await collect_step(session, step)
+    with name_phase(f"step {step}, samples"):
+        await asyncio.to_thread(session.ledger.record_samples, session.attempt, step, rollout.rows)
+    note_samples(session, step, rollout)
+    reach("rollout.recorded")
     batch = to_batch(rollout, max_response_tokens=session.config.max_response_tokens)
     rows = session.pretraining_rows(step)
     with clock.phase("train", step):
         update = await session.thread.run(session.trainer.update, batch, rows)
         check_update(update, step, limit=session.config.ppo.mismatch_limit)
         warn_of_mismatch(update, step, run_id=session.attempt.run_id)
-    with clock.phase("checkpoint", step):
-        await session.thread.run(session.trainer.save_checkpoint, session.files.checkpoint(step + 1))
+    trained = [row.sample for row in rollout.rows if not row.dropped]
+    note(session, "trained", step=step, samples=trained)
+    reach("update.done")
+    return rollout, update
+
+
+async def publish(session: Session, step: int, adapter: LocalAdapter, clock: StepClock) -> None:
+    """Have the generator serve the version that a committed step has made, and record what that took."""
+    session.check_lease()
+    reach("push.begun")
     with clock.phase("push", step):
-        with clock.phase("push_serialize", step):
-            adapter = await session.export_adapter(step + 1)
         pushed = await session.publisher.publish(adapter)
-    record = summarise_step(step, rollout, update, clock.finish(), pushed, adapter_bytes=adapter.size_bytes)
-    await asyncio.to_thread(session.ledger.commit_step, session.attempt, record)
-    session.files.keep_newest(step + 1, session.config.keep_checkpoints)
-    log_event(log, "step committed", run_id=session.attempt.run_id, step=step, policy_version=step + 1)
-    return record
+        reach("push.activated")
+    figures = summarise_push(pushed, clock.finish())
+    with name_phase(f"step {step}, push"):
+        await asyncio.to_thread(session.ledger.record_push, session.attempt, step + 1, figures)
+    reach("push.recorded")
+
+
+def retain(session: Session, policy_version: int) -> None:
+    """Remove the checkpoints and adapters that are not to be kept any more."""
+    kept = session.retained_checkpoints()
+    reach("retention.half")
+    session.files.retain(kept, committed=policy_version)
+
+
+def note_samples(session: Session, step: int, rollout: Rollout) -> None:
+    """Put the samples of a step in the history, if one is kept."""
+    for row in rollout.rows:
+        made_by = {"policy_version": row.policy_version, "sha256": row.adapter_sha256}
+        note(session, "generated", step=step, sample=row.sample, **made_by)
+        if row.dropped:
+            note(session, "dropped", step=step, sample=row.sample, reason=row.dropped)
+
+
+def note_commit(session: Session, step: int, outcome: StepOutcome) -> None:
+    """Put a committed step in the history, if one is kept."""
+    counts = outcome.samples
+    note(session, "exported", policy_version=step + 1, sha256=outcome.adapter_sha256)
+    figures = {"generated": counts.generated, "trained": counts.trained, "dropped": dict(counts.dropped)}
+    note(session, "committed", step=step, **figures)
+
+
+def note(session: Session, kind: str, **fields: object) -> None:
+    """Put something that this attempt did in the history, if one is kept."""
+    record_history(kind, run=session.attempt.run_id, epoch=session.attempt.epoch, **fields)
 
 
 async def collect_step(session: Session, step: int) -> Rollout:

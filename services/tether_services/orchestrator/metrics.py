@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tether_services.orchestrator.records import FINAL_STATES, RunRecord, RunState, StepRecord
+from tether_services.orchestrator.remote import SERVICE_NAMES, BreakerStates
 from tether_services.orchestrator.step_metrics import PUSH_STAGES
 
 __all__ = ["OrchestratorMetrics"]
@@ -61,8 +62,17 @@ class OrchestratorMetrics:
         self.active = Gauge("tether_run_active", "1 while a run is in progress.", registry=registry)
         self.resumes = Counter("tether_resume_total", "Runs resumed.", registry=registry)
         self._steps = _counter("tether_step_total", "Steps.", "outcome", ("committed", "failed", "skipped"), registry)
-        states = ("generated", "scored", "trained", "dropped_stale", "dropped_invalid")
+        states = ("generated", "not_generated", "scored", "trained", "dropped_stale", "dropped_invalid", "abandoned")
         self._samples = _counter("tether_samples_total", "Samples by state.", "state", states, registry)
+        self._unaccounted = Gauge(
+            "tether_samples_unaccounted",
+            "Samples asked for by the last step and neither trained on, dropped nor missing; always 0.",
+            registry=registry,
+        )
+        self._breakers = Gauge(
+            "tether_breaker_open", "1 while the run does not call a service.", ["service"], registry=registry
+        )
+        self.show_breakers({})
         self._generated = Counter("tether_generated_tokens_total", "Response tokens generated.", registry=registry)
         self._effective = Counter("tether_effective_tokens_total", "Response tokens learned from.", registry=registry)
         self._non_finite = Counter(
@@ -132,7 +142,8 @@ class OrchestratorMetrics:
             self._lengths.observe(length)
         self._mismatch.observe(figures["mean_abs_dlogp"])
         self._show_torch_memory(figures)
-        self._pushes.labels("ok").inc()
+        if "push_seconds" in figures:
+            self._pushes.labels("ok").inc()
         self._version.labels("trainer").set(record.policy_version + 1)
 
     def observe_state(self, run: RunRecord) -> None:
@@ -145,6 +156,11 @@ class OrchestratorMetrics:
             if ", push:" in run.error:
                 self._pushes.labels("failed").inc()
 
+    def show_breakers(self, states: BreakerStates) -> None:
+        """Show which services the run does not call now, because they do not answer; a missing one is called."""
+        for service in SERVICE_NAMES:
+            self._breakers.labels(service).set(states.get(service, False))
+
     def _count_samples(self, figures: Mapping[str, float]) -> None:
         stale = figures["dropped_wrong_version"]
         self._samples.labels("generated").inc(figures["samples_generated"])
@@ -152,6 +168,11 @@ class OrchestratorMetrics:
         self._samples.labels("trained").inc(figures["samples_trained"])
         self._samples.labels("dropped_stale").inc(stale)
         self._samples.labels("dropped_invalid").inc(figures["samples_dropped"] - stale)
+        missing, abandoned = figures.get("samples_not_generated", 0.0), figures.get("samples_abandoned", 0.0)
+        self._samples.labels("not_generated").inc(missing)
+        self._samples.labels("abandoned").inc(abandoned)
+        asked = figures.get("samples_asked", figures["samples_generated"])  # a step of an older version lacks it
+        self._unaccounted.set(asked - missing - figures["samples_trained"] - figures["samples_dropped"])
         self._generated.inc(figures["generated_tokens"])
         self._effective.inc(figures["effective_tokens"])
         for _ in range(int(figures["samples_trained"])):
@@ -159,11 +180,13 @@ class OrchestratorMetrics:
 
     def _observe_durations(self, figures: Mapping[str, float]) -> None:
         for phase in PHASES:
-            self._phases.labels(phase).observe(figures[f"{phase}_seconds"])
+            if f"{phase}_seconds" in figures:  # of a step whose push failed there is none
+                self._phases.labels(phase).observe(figures[f"{phase}_seconds"])
         for phase in ("score", "train"):
             self._waits.labels(phase).observe(figures[f"{phase}_wait_seconds"])
         for stage in PUSH_STAGES:
-            self._push_stages.labels(stage).observe(figures[f"push_{stage}_seconds"])
+            if f"push_{stage}_seconds" in figures:
+                self._push_stages.labels(stage).observe(figures[f"push_{stage}_seconds"])
 
     def _show_torch_memory(self, figures: Mapping[str, float]) -> None:
         kinds = {

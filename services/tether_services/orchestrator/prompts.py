@@ -14,7 +14,16 @@ from typing import TypeVar
 from tether.errors import FieldViolation, InvalidArgumentError
 from tether_services.orchestrator.config import RunConfig
 
-__all__ = ["Prompt", "PromptSet", "derive_seed", "encode_prompts", "read_prompts", "split_prompts", "step_prompts"]
+__all__ = [
+    "Prompt",
+    "PromptSet",
+    "derive_seed",
+    "encode_prompts",
+    "hash_prompts",
+    "read_prompts",
+    "split_prompts",
+    "step_prompts",
+]
 
 ItemT = TypeVar("ItemT")
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -28,6 +37,11 @@ class Prompt:
     text: str
     token_ids: tuple[int, ...]
     """As every service gets them, the beginning-of-text token included."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids, in decimal with commas."""
+        return hashlib.sha256(",".join(map(str, self.token_ids)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +156,18 @@ def encode_prompts(
 def _encode_short(texts: Sequence[str], encode: Callable[[str], Sequence[int]], most: int) -> list[Prompt]:
     encoded = (Prompt(text, tuple(encode(text))) for text in texts)
     return [prompt for prompt in encoded if 1 <= len(prompt.token_ids) <= most]
+
+
+def hash_prompts(prompts: PromptSet, pretraining: Sequence[str] = ()) -> str:
+    """Return the SHA-256 of all that a run reads: training prompts, held-out ones and pretraining text, in order."""
+    digest = hashlib.sha256()
+    for kind in (prompts.training, prompts.held_out):
+        for prompt in kind:
+            digest.update(f"{prompt.sha256}\n".encode())
+        digest.update(b"\n")
+    for text in pretraining:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
 
 
 def derive_seed(*parts: int | str) -> int:

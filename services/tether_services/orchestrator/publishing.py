@@ -9,8 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
-from tether.adapter import ActiveAdapter, AdapterClient, AdapterPush, PushResult
+from tether.adapter import ActiveAdapter, Adapter, AdapterClient, AdapterPush, PushResult
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
 from tether_services.orchestrator.records import Attempt
 from tether_services.orchestrator.remote import Remote
@@ -70,7 +71,8 @@ class PolicyPublisher:
     async def take_over(self, committed: LocalAdapter | None) -> None:
         """Make the generator serve the committed version of this run, whoever used it before.
 
-        Versions of this run that were pushed and never committed are deleted first.
+        Earlier attempts of this run are locked out first; then the versions are deleted that were pushed and never
+        committed.
 
         Args:
             committed: The adapter of the last committed step; None for version 0.
@@ -83,6 +85,7 @@ class PolicyPublisher:
             await self._repeat(self._own)
             await self._delete_uncommitted()
             await self._repeat(self._settle)
+            await self._delete_uncommitted()  # the one that was active until now
 
     async def publish(self, adapter: LocalAdapter) -> PushFigures:
         """Push the next version, switch the generator to it and return what that took.
@@ -118,10 +121,14 @@ class PolicyPublisher:
         return await act()
 
     async def _own(self) -> None:
-        """Make this run the owner, on version 0 unless the committed version is active already."""
+        """Make this run the owner and lock its earlier attempts out, before anything is read that they could change.
+
+        What the run has active stays so until its successor is there, unless that has the same number.
+        """
         active = await self._remote.call(lambda client: client.get_active_adapter())
-        if (active.run_id, active.policy_version, _sha256(active)) != self._wanted:
-            await self._activate(0, active)
+        own, version = active.run_id == self._attempt.run_id, active.policy_version
+        taken = version == self.policy_version and _sha256(active) != self.adapter_sha256
+        await self._activate(version if own and not taken else 0, active)
         self._owned = True
 
     async def _settle(self) -> PushFigures:
@@ -141,14 +148,17 @@ class PolicyPublisher:
         return _figures(result, pushed - started, time.monotonic() - pushed)
 
     async def _push_if_missing(self, adapter: LocalAdapter) -> PushResult | None:
-        stored = await self._stored()
-        if stored.get(adapter.push.policy_version) == adapter.sha256:
+        stored = {(a.policy_version, a.sha256) for a in await self._stored()}
+        if (adapter.push.policy_version, adapter.sha256) in stored:
             return None
-        return await self._remote.call(lambda client: client.push(adapter.directory, adapter.push))
+        epoch, request_id = self._attempt.epoch, str(uuid4())
+        return await self._remote.call(
+            lambda client: client.push(adapter.directory, adapter.push, epoch=epoch, request_id=request_id)
+        )
 
     async def _activate(self, version: int, active: ActiveAdapter) -> ActiveAdapter:
         """Switch from what is active to a version of this run; nothing to do if that is active."""
-        run_id, epoch = self._attempt.run_id, self._attempt.epoch
+        run_id, epoch, request_id = self._attempt.run_id, self._attempt.epoch, str(uuid4())
         await self._remote.call(
             lambda client: client.activate(
                 run_id,
@@ -156,30 +166,27 @@ class PolicyPublisher:
                 expected_run_id=active.run_id,
                 expected_policy_version=active.policy_version,
                 epoch=epoch,
+                request_id=request_id,  # one for all repeats: what was undone since is not done again
             )
         )
         return ActiveAdapter(run_id, version, None)
 
     async def _delete_uncommitted(self) -> None:
-        """Delete the versions of this run that no committed step stands for."""
-        for version, sha256 in (await self._stored()).items():
-            if version < self.policy_version or (version, sha256) == (self.policy_version, self.adapter_sha256):
-                continue
-            await self._delete(version)
+        """Delete the versions of this run that no committed step stands for, except an active one."""
+        for adapter in await self._stored():
+            committed = (adapter.policy_version, adapter.sha256) == (self.policy_version, self.adapter_sha256)
+            if adapter.policy_version >= self.policy_version and not committed and adapter.state != "active":
+                await self._delete(adapter.policy_version)
 
     async def _delete(self, version: int) -> None:
+        run_id, epoch, request_id = self._attempt.run_id, self._attempt.epoch, str(uuid4())
         with suppress(NotFoundError):  # gone already
-            await self._remote.call(lambda client: client.delete(self._attempt.run_id, version))
+            await self._remote.call(lambda client: client.delete(run_id, version, epoch=epoch, request_id=request_id))
 
-    async def _stored(self) -> dict[int, str]:
-        """Return the hash of each usable version of this run that the generator has."""
+    async def _stored(self) -> list[Adapter]:
+        """Return the usable versions of this run that the generator has."""
         adapters = await self._remote.call(lambda client: client.list_adapters())
-        own = (a for a in adapters if a.run_id == self._attempt.run_id and a.state != "retiring")
-        return {a.policy_version: a.sha256 for a in own}
-
-    @property
-    def _wanted(self) -> tuple[str, int, str]:
-        return self._attempt.run_id, self.policy_version, self.adapter_sha256
+        return [a for a in adapters if a.run_id == self._attempt.run_id and a.state != "retiring"]
 
 
 def _sha256(active: ActiveAdapter) -> str:

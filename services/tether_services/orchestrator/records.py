@@ -1,4 +1,4 @@
-"""What the ledger knows: runs and committed steps, as values."""
+"""What the ledger knows: runs, committed steps and what became of their samples, as values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-__all__ = ["ACTIVE_STATES", "FINAL_STATES", "RESUMABLE_STATES", "Attempt", "RunRecord", "RunState", "StepRecord"]
+__all__ = [
+    "ACTIVE_STATES",
+    "FINAL_STATES",
+    "RESUMABLE_STATES",
+    "Attempt",
+    "CheckpointRow",
+    "RunIdentity",
+    "RunRecord",
+    "RunState",
+    "SampleCounts",
+    "SampleRow",
+    "StepOutcome",
+    "StepRecord",
+    "StepState",
+]
 
 
 class RunState(Enum):
@@ -57,7 +71,7 @@ class StepRecord:
     policy_version: int
     """Version that sampled it."""
     metrics: Mapping[str, float]
-    """By the names of `step_metrics.STEP_METRICS`."""
+    """By the names of `step_metrics.STEP_METRICS`; those of the push are there once it has been recorded."""
     distributions: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Per-sample values behind some of the means, for histograms."""
     commit_time: float = 0.0
@@ -73,3 +87,81 @@ class Attempt:
     """From 1; fences off the workers of earlier attempts."""
     directory: Path
     """Folder of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A completion that arrived, before the update that may learn from it."""
+
+    sample: int
+    """Number in its step: prompt index times completions per prompt, plus completion index."""
+    prompt_sha256: str
+    """Of the prompt's token ids."""
+    policy_version: int
+    """Version that made it, by its own account."""
+    adapter_sha256: str
+    """Hash of that adapter; empty for version 0."""
+    num_tokens: int
+    dropped: str = ""
+    """Why it will not be trained on, a reason of `step_metrics.DROP_REASONS`; empty: it will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCounts:
+    """What became of the samples of a step: generated = trained + dropped."""
+
+    asked: int = 0
+    generated: int = 0
+    trained: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """By reason, without zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """A checkpoint on disk."""
+
+    version: int
+    """Steps that it follows."""
+    path: str
+    """Of its folder, below the folder of the run."""
+    sha256: str
+    """Of its state.json, which holds the hashes of its other files; empty: written before hashes were kept."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step left behind, committed with it."""
+
+    adapter_sha256: str = ""
+    """Hash of the weights of the new version."""
+    checkpoint: CheckpointRow | None = None
+    samples: SampleCounts = SampleCounts()
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """A committed step with what it left behind."""
+
+    step: int
+    policy_version: int
+    """Version that sampled it."""
+    epoch: int
+    """Attempt that committed it."""
+    adapter_sha256: str
+    samples: SampleCounts
+    checkpoint: CheckpointRow | None
+    """None once it has been removed."""
+    commit_time: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """Content hashes that stay the same over all attempts of a run; empty: not known."""
+
+    base_sha256: str
+    reward_sha256: str
+    prompts_sha256: str
+    """Of all prompts, held-out ones and pretraining text."""

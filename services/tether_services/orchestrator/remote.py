@@ -1,94 +1,93 @@
-"""The services a run calls: every call has a deadline, bounded repeats, and an error that names the service."""
+"""The services a run calls: every call has a deadline, bounded repeats, and an error that names the service.
+
+There is one retry loop per call, this one: the channels repeat nothing by themselves.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from tether.adapter import AdapterClient
+from tether.breaker import BREAKER_OPEN
 from tether.channel import ServiceClient
-from tether.errors import CancelledError, ResourceExhaustedError, TetherError, UnavailableError
+from tether.errors import ResourceExhaustedError, TetherError
 from tether.generator import GeneratorClient
 from tether.reference import ReferenceClient
 from tether.reward import RewardClient
-from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.config import FailureConfig, OrchestratorSettings
+from tether_services.orchestrator.retrying import RetryBudget, RetryPolicy, as_unavailable, may_repeat
 
-__all__ = ["Remote", "RetryPolicy", "Services", "open_services"]
+__all__ = ["BREAKERS_FILE", "SERVICE_NAMES", "BreakerStates", "Remote", "Services", "open_services"]
 
-MAX_BACKOFF_SECONDS = 8.0
+SERVICE_NAMES = ("generator", "adapter", "reward", "reference")
+"""What the services are called in errors and metrics; "adapter" is the generator's admin port."""
+BREAKERS_FILE = "breakers.json"
+"""Holds BreakerStates in the folder of a run: its worker writes them, the service exports them."""
+BreakerStates = Mapping[str, bool]
+"""Whether the breaker of each service is open."""
 
 ClientT = TypeVar("ClientT", bound=ServiceClient)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """When to call a service again that is unavailable or full."""
-
-    max_retries: int
-    """Repeats after the first call."""
-    backoff_seconds: float
-    """Wait before the first repeat; doubles up to MAX_BACKOFF_SECONDS."""
-
-    def delay(self, attempt: int, error: TetherError) -> float:
-        """Return the seconds to wait after an attempt, counted from 0: what the service asked for, else the backoff."""
-        if error.retry_after_seconds is not None:
-            return min(error.retry_after_seconds, MAX_BACKOFF_SECONDS)
-        # Spread over [0.5, 1]: many calls fail together and should not come back together.
-        return float(min(self.backoff_seconds * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.0))
-
-
-@dataclass(frozen=True, slots=True)
 class Remote(Generic[ClientT]):
-    """A service, what it is called in errors, and its retry policy."""
+    """A service, what it is called in errors, and when it is called again."""
 
     name: str
-    """"generator", "adapter", "reward" or "reference"."""
+    """One of SERVICE_NAMES."""
     client: ClientT
     retries: RetryPolicy
+    budget: RetryBudget
+    """Shared with the other services."""
 
     async def call(self, operation: Callable[[ClientT], Awaitable[T]]) -> T:
-        """Return the result of a call, repeated while the service is unavailable or full.
+        """Return the result of a call, repeated while the service does not answer or is full.
+
+        While the client's breaker is open, nothing is sent and nothing is taken from the budget; the next try follows
+        as soon as it closes.
 
         Args:
-            operation: Makes the call; may be made again, so its effects must be idempotent.
+            operation: Makes the call; may be made again, also after its effect, so it must carry the same request_id.
 
         Raises:
+            ResourceExhaustedError: RETRY_BUDGET_SPENT; the cause is the error of the last try.
             TetherError: Of the class that the service raised; the message begins with the service's name and address.
         """
         attempt = 0
         while True:
             try:
                 return await operation(self.client)
-            except (UnavailableError, ResourceExhaustedError, CancelledError) as caught:
+            except TetherError as caught:
                 error = as_unavailable(caught)
-                if attempt == self.retries.max_retries:
-                    raise self.named(error, after=attempt + 1) from error
-                await asyncio.sleep(self.retries.delay(attempt, error))
-                attempt += 1
-            except TetherError as error:
-                raise self.named(error) from error
+            if not may_repeat(error) or attempt == self.retries.max_retries:
+                raise self.named(error, after=attempt + 1) from error
+            await self._pause(attempt, error)
+            attempt += 1
+
+    async def _pause(self, attempt: int, error: TetherError) -> None:
+        """Wait before a repeat, and take it from the budget if the failed try was sent."""
+        delay = self.retries.delay(attempt, error)
+        if error.reason == BREAKER_OPEN and self.client.breaker is not None:
+            await self.client.breaker.wait_until_closed(delay)
+            return
+        try:
+            self.budget.spend(self.name)
+        except ResourceExhaustedError as spent:
+            message = f"{spent.message}; its last error: {self.named(error, after=attempt + 1).message}"
+            raise ResourceExhaustedError(message, reason=spent.reason) from error
+        await asyncio.sleep(delay)
 
     def named(self, error: TetherError, *, after: int = 1) -> TetherError:
         """Return the same error with the service's name and address in front."""
         tries = f" after {after} attempts" if after > 1 else ""
         message = f"{self.name} at {self.client.target}: {error.code.name}{tries}: {error.message}"
         return type(error)(message, reason=error.reason, violations=error.violations)
-
-
-def as_unavailable(error: TetherError) -> TetherError:
-    """Return the error; in place of CANCELLED, that the service is unavailable.
-
-    Nobody here cancels a call and still waits for its answer: a service that stops ends its calls in this way. Left as
-    it is, the run would seem to have been cancelled.
-    """
-    if not isinstance(error, CancelledError):
-        return error
-    return UnavailableError(f"the service ended the call: {error.message}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +98,51 @@ class Services:
     adapter: Remote[AdapterClient]
     reward: Remote[RewardClient]
     reference: Remote[ReferenceClient]
+    budget: RetryBudget
+    """Repeats of a step; whoever begins a step refills it."""
     concurrency: int
     """Prompts in flight at the same time."""
 
 
 @asynccontextmanager
-async def open_services(settings: OrchestratorSettings) -> AsyncIterator[Services]:
-    """Yield the services at the configured addresses; their channels close at the end."""
-    retries = RetryPolicy(settings.max_retries, settings.retry_backoff_seconds)
+async def open_services(
+    settings: OrchestratorSettings,
+    *,
+    retry_budget: int = FailureConfig().retry_budget,
+    on_breaker: Callable[[BreakerStates], None] = lambda states: None,
+) -> AsyncIterator[Services]:
+    """Yield the services at the configured addresses; their channels close at the end.
+
+    Args:
+        settings: Addresses, deadlines, repeats of a call.
+        retry_budget: Repeats of all calls of a step together.
+        on_breaker: Called with all states, at first and each time that the breaker of a service opens or closes.
+    """
+    retries, budget = RetryPolicy(settings.max_retries, settings.retry_backoff_seconds), RetryBudget(retry_budget)
+    states = dict.fromkeys(SERVICE_NAMES, False)
+
+    def show(name: str, is_open: bool) -> None:
+        states[name] = is_open
+        on_breaker(dict(states))
+
+    on_breaker(dict(states))
     async with AsyncExitStack() as stack:
 
-        async def remote(name: str, client: ClientT) -> Remote[ClientT]:
+        async def remote(name: str, kind: type[ClientT], address: str, timeout_seconds: float) -> Remote[ClientT]:
+            client = kind(address, timeout_seconds=timeout_seconds, retries=False, breaker=True)
+            assert client.breaker is not None, "it was asked for"
+            client.breaker.on_change = partial(show, name)
             await stack.enter_async_context(client)
-            return Remote(name, client, retries)
+            return Remote(name, client, retries, budget)
 
         score_seconds = settings.score_timeout_seconds
         yield Services(
             generator=await remote(
-                "generator",
-                GeneratorClient(settings.generator_address, timeout_seconds=settings.generate_timeout_seconds),
+                "generator", GeneratorClient, settings.generator_address, settings.generate_timeout_seconds
             ),
-            adapter=await remote(
-                "adapter", AdapterClient(settings.adapter_address, timeout_seconds=settings.adapter_timeout_seconds)
-            ),
-            reward=await remote("reward", RewardClient(settings.reward_address, timeout_seconds=score_seconds)),
-            reference=await remote(
-                "reference", ReferenceClient(settings.reference_address, timeout_seconds=score_seconds)
-            ),
+            adapter=await remote("adapter", AdapterClient, settings.adapter_address, settings.adapter_timeout_seconds),
+            reward=await remote("reward", RewardClient, settings.reward_address, score_seconds),
+            reference=await remote("reference", ReferenceClient, settings.reference_address, score_seconds),
+            budget=budget,
             concurrency=settings.concurrency,
         )

@@ -78,12 +78,13 @@ def library_versions() -> dict[str, str]:
 
 
 def _account(steps: Sequence[StepRecord]) -> dict[str, int]:
-    """Return how many samples were generated, trained on and dropped, by reason, over all steps."""
-    names = ("samples_generated", "samples_trained", "samples_dropped", *(f"dropped_{r}" for r in DROP_REASONS))
+    """Return what became of the samples of all steps; the dropped ones also by reason."""
+    states = ("asked", "generated", "not_generated", "trained", "dropped", "abandoned")
+    names = (*(f"samples_{state}" for state in states), *(f"dropped_{reason}" for reason in DROP_REASONS))
     total: Counter[str] = Counter(dict.fromkeys(names, 0))
     for step in steps:
         for name in names:
-            total[name] += int(step.metrics[name])
+            total[name] += int(step.metrics.get(name, 0))  # a step of an older version may lack a count
     return {name.removeprefix("samples_"): total[name] for name in names}
 
 

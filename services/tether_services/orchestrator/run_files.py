@@ -2,56 +2,112 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tether_services.runtime.durable import write_text
+from tether.errors import FailedPreconditionError, NotFoundError
+from tether_services.orchestrator.records import CheckpointRow
+from tether_services.runtime.durable import remove_directory, sweep_leftovers, write_text
 
 __all__ = ["RunFiles"]
 
+_KINDS = ("checkpoints", "adapters")
+_STATE_FILE = "state.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"
+
 
 class RunFiles:
-    """Names and housekeeping of a run's folder. Versions number checkpoints and adapters: version k follows k steps."""
+    """Names and housekeeping of a run's folder. Versions number checkpoints and adapters: version k follows k steps.
+
+    The folder of a checkpoint also carries the epoch of the attempt that wrote it, so that no attempt ever writes into
+    a folder of another; which one counts is said by the ledger.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    def checkpoint(self, policy_version: int) -> Path:
-        """Return the folder of the checkpoint taken when a version was made."""
-        return self.directory / "checkpoints" / f"{policy_version:06d}"
+    def new_checkpoint(self, policy_version: int, epoch: int) -> Path:
+        """Return the folder for the checkpoint of a version that an attempt makes."""
+        return self.directory / "checkpoints" / f"{policy_version:06d}-e{epoch}"
+
+    def describe_checkpoint(self, folder: Path, policy_version: int) -> CheckpointRow:
+        """Return what the ledger keeps of a checkpoint that is on the disk."""
+        return CheckpointRow(
+            version=policy_version,
+            path=folder.relative_to(self.directory).as_posix(),
+            sha256=_hash(folder / _STATE_FILE),
+            size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        )
+
+    def find_checkpoint(self, row: CheckpointRow) -> Path:
+        """Return the folder of a checkpoint of the ledger, after comparing its hash.
+
+        Raises:
+            NotFoundError: It is not there.
+            FailedPreconditionError: CHECKPOINT_DAMAGED.
+        """
+        folder = self.directory / row.path
+        try:
+            found = _hash(folder / _STATE_FILE)
+        except FileNotFoundError as error:
+            message = f"The committed checkpoint {folder} is gone; put it back from a copy, or start a new run."
+            raise NotFoundError(message, field="checkpoint", reason="CHECKPOINT_NOT_FOUND") from error
+        if row.sha256 and found != row.sha256:
+            message = f"{folder} is not what was committed; put it back from a copy, or start a new run."
+            raise FailedPreconditionError(message, field="checkpoint", reason="CHECKPOINT_DAMAGED")
+        return folder
 
     def adapter(self, policy_version: int) -> Path:
         """Return the folder of an exported adapter."""
         return self.directory / "adapters" / f"{policy_version:06d}"
 
-    def new_adapter_directory(self, policy_version: int) -> Path:
-        """Return the folder of an adapter that is about to be exported; an older export of it is removed."""
-        shutil.rmtree(self.adapter(policy_version), ignore_errors=True)
-        return self.adapter(policy_version)
+    def make_way(self, policy_version: int, *, committed_sha256: str = "") -> Path:
+        """Return the folder of an adapter that is about to be exported.
+
+        An older export of it is removed, unless it is the committed one: that stays as it is.
+
+        Args:
+            policy_version: Of the adapter.
+            committed_sha256: Hash of its weights by the ledger; empty: it is not committed.
+        """
+        folder = self.adapter(policy_version)
+        weights = folder / _WEIGHTS_FILE
+        if not (committed_sha256 and weights.is_file() and _hash(weights) == committed_sha256):
+            remove_directory(folder)
+        return folder
 
     def new_average_directory(self) -> Path:
         """Return the folder of the averaged adapter; an older one is removed."""
         directory = self.directory / "adapters" / "average"
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_directory(directory)
         return directory
 
-    def drop_uncommitted(self, committed: int) -> None:
-        """Remove checkpoints and adapters of steps that were never committed."""
-        self._remove(lambda version: version > committed)
+    def sweep(self, kept: Collection[CheckpointRow], *, committed: int) -> None:
+        """Remove what earlier attempts left and nobody needs: halves, and what was never committed or is out of date.
 
-    def keep_newest(self, policy_version: int, count: int) -> None:
-        """Remove checkpoints and adapters that are `count` or more versions old."""
-        self._remove(lambda version: version <= policy_version - count)
+        Args:
+            kept: The checkpoints of the ledger.
+            committed: Version of the last committed step.
+        """
+        for kind in _KINDS:
+            sweep_leftovers(self.directory / kind)
+        self.retain(kept, committed=committed)
 
-    def _remove(self, unwanted: Callable[[int], bool]) -> None:
-        for kind in ("checkpoints", "adapters"):
-            for folder in (self.directory / kind).glob("[0-9]*"):
-                if folder.name.isdigit() and unwanted(int(folder.name)):
-                    shutil.rmtree(folder, ignore_errors=True)
+    def retain(self, kept: Collection[CheckpointRow], *, committed: int) -> None:
+        """Remove all checkpoints but these, and the adapters of other versions; the committed one always stays."""
+        paths = {self.directory / row.path for row in kept}
+        versions = {committed, *(row.version for row in kept)}
+        for folder in (self.directory / "checkpoints").glob("[0-9]*"):
+            version, _, epoch = folder.name.partition("-e")
+            if version.isdigit() and (not epoch or epoch.isdigit()) and folder not in paths:
+                remove_directory(folder)
+        for folder in (self.directory / "adapters").glob("[0-9]*"):
+            if folder.name.isdigit() and int(folder.name) not in versions:
+                remove_directory(folder)
 
     def write_services(self, services: Mapping[str, object]) -> None:
         """Keep what the services served when the latest attempt began."""
@@ -68,3 +124,8 @@ class RunFiles:
             return None
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

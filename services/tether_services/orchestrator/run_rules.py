@@ -51,6 +51,7 @@ _RULES = (
         lambda config: config.ppo.first_kl_coef == 0,
         "ppo.kl_coef is 0, and an adaptive one stays 0",
     ),
+    _Rule(("failure.max_dropped",), lambda config: config.failure.on_missing == "fail", 'failure.on_missing is "fail"'),
     _Rule(("evaluation_prompts",), lambda config: not config.evaluation, "evaluation is false"),
     _Rule(("ppo.missing_eos_value",), lambda config: config.ppo.missing_eos == "none", "ppo.missing_eos is none"),
     _Rule(("ppo.ptx_text", "ppo.ptx_rows"), lambda config: config.ppo.ptx_coef == 0, "ppo.ptx_coef is 0"),

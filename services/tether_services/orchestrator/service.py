@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import logging
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import uuid
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -20,29 +19,26 @@ from tether.errors import InvalidArgumentError, NotFoundError
 from tether.v1 import orchestrator_pb2 as pb
 from tether.v1 import orchestrator_pb2_grpc
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
-from tether_services.orchestrator.engine import RunEngine, WorkerExit
+from tether_services.orchestrator.engine import RunEngine
 from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.metrics import OrchestratorMetrics
-from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunRecord, RunState, StepRecord
+from tether_services.orchestrator.records import FINAL_STATES, RunRecord, RunState, StepRecord, StepState
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
-from tether_services.runtime.checks import check_name, check_page
-from tether_services.runtime.logging import log_event
+from tether_services.orchestrator.supervisor import Supervisor
+from tether_services.runtime.checks import check_name, check_page, check_range
 from tether_services.runtime.server import Port
 
 __all__ = ["OrchestratorService"]
 
-log = logging.getLogger(__name__)
-
 SERVICE_NAME = "tether.v1.OrchestratorService"
-METHODS = ("StartRun", "GetRun", "ListRuns", "CancelRun", "ResumeRun", "WatchRun")
+METHODS = ("StartRun", "GetRun", "ListRuns", "CancelRun", "ResumeRun", "WatchRun", "ListSteps")
 _POLL_SECONDS = 0.1
 """How often the ledger is read for new steps; the worker writes it from another process."""
-_METRICS_SECONDS = 0.5
-"""How often committed steps are read for the metrics."""
 _PAGE_STEPS = 200
+_LISTED_STEPS, _MOST_LISTED_STEPS = 100, 1000
+"""Of a page of ListSteps: unless told otherwise, and at most."""
 
-T = TypeVar("T")
 _STATES = {state: getattr(pb, f"RUN_STATE_{state.value}") for state in RunState}
 
 
@@ -57,11 +53,10 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._settings = settings
         self._engine = engine or ProcessEngine(settings)
         self._metrics = OrchestratorMetrics(registry)
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = asyncio.Lock()
-        self._closing = False
         self._lock: IO[bytes] | None = None
         self._opened: Ledger | None = None
+        self._supervisor: Supervisor | None = None
 
     def ports(self) -> Sequence[Port]:
         """Return the one address."""
@@ -76,15 +71,16 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return METHODS
 
     async def start(self) -> None:
-        """Open the ledger and end what an earlier process left unfinished.
+        """Open the ledger and take care of what an earlier process left unfinished.
 
         Raises:
             InvalidArgumentError: Another orchestrator uses the state folder, or it cannot be written.
+            TetherError: The ledger cannot be used; the message says why.
         """
-        self._opened, self._lock = await asyncio.to_thread(open_state, Path(self._settings.state_dir))
-        left = await asyncio.to_thread(self._ledger.active_run)
-        if left is not None:
-            await self._end(_attempt(self._ledger, left), "the orchestrator process ended; resume the run to go on")
+        ledger, self._lock = await asyncio.to_thread(open_state, Path(self._settings.state_dir))
+        self._opened = ledger
+        self._supervisor = Supervisor(self._settings, self._engine, self._metrics, ledger)
+        await self._supervisor.recover()
 
     async def check(self) -> None:
         """Read the ledger."""
@@ -92,29 +88,35 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def close(self) -> None:
         """End the workers; their runs are FAILED and can be resumed."""
-        self._closing = True
         try:
-            await self._engine.close()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._supervisor is not None:
+                await self._supervisor.close()
         finally:
+            if self._opened is not None:
+                self._opened.close()
             if self._lock is not None:
                 self._lock.close()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Any) -> pb.StartRunResponse:
         """Validate, record and start a run."""
         check_name(request.run_id, field="run_id")
-        async with self._starting:  # of two calls for the same run the second finds what the first has recorded
-            return await self._start_run(request)
+        # Once begun it is done even if the caller leaves: the caller will ask again.
+        run = await asyncio.shield(self._supervised.keep(self._start(request)))
+        return pb.StartRunResponse(run=self._message(run))
 
-    async def _start_run(self, request: pb.StartRunRequest) -> pb.StartRunResponse:
+    async def _start(self, request: pb.StartRunRequest) -> RunRecord:
+        async with self._starting:  # of two calls for the same run the second finds what the first has recorded
+            return await self._start_or_find(request)
+
+    async def _start_or_find(self, request: pb.StartRunRequest) -> RunRecord:
         known = await self._find(request.run_id)
         if known is not None:
-            return pb.StartRunResponse(run=self._message(_same_or_refuse(known, request.config_toml)))
+            return _same_or_refuse(known, request.config_toml)
         config = await asyncio.to_thread(_read_config, request.config_toml)
         record = partial(
             self._ledger.create_run, request.run_id, config_toml=request.config_toml, total_steps=config.total_steps
         )
-        return pb.StartRunResponse(run=self._message(await self._launch(record)))
+        return await self._supervised.launch(record)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
         """Return a run."""
@@ -130,16 +132,29 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:
         """Ask the worker to stop."""
         check_name(request.run_id, field="run_id")
-        run = await asyncio.to_thread(self._ledger.request_cancel, request.run_id)
-        return pb.CancelRunResponse(run=self._message(run))
+        request_id = read_request_id(request.request_id)
+        cancel = partial(self._ledger.request_cancel, request.run_id, request_id=request_id)
+        return pb.CancelRunResponse(run=self._message(await asyncio.to_thread(cancel)))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Any) -> pb.ResumeRunResponse:
         """Start another attempt of a run."""
-        run = await self._get(request.run_id)
-        await asyncio.to_thread(_read_config, run.config_toml)
-        resumed = await self._launch(partial(self._ledger.begin_attempt, request.run_id))
-        self._metrics.resumes.inc()
-        return pb.ResumeRunResponse(run=self._message(resumed))
+        check_name(request.run_id, field="run_id")
+        resume = self._resume(request.run_id, read_request_id(request.request_id))
+        # Once begun it is done and remembered even if the caller leaves: the caller will ask again.
+        run = await asyncio.shield(self._supervised.keep(resume))
+        return pb.ResumeRunResponse(run=self._message(run))
+
+    async def _resume(self, run_id: str, request_id: str) -> RunRecord:
+        async with self._starting:  # of two calls of the same id the second finds the answer to the first
+            find = partial(self._ledger.find_answer, request_id, method="ResumeRun", run_id=run_id)
+            answered = await asyncio.to_thread(find)
+            if answered is not None:
+                return answered
+            run = await self._get(run_id)
+            await asyncio.to_thread(_read_config, run.config_toml)
+            resumed = await self._supervised.launch(partial(self._ledger.begin_attempt, run_id, request_id=request_id))
+            self._metrics.resumes.inc()
+            return await asyncio.to_thread(find) or resumed
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         """Send committed steps and changes of state until a final state."""
@@ -153,8 +168,10 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if run.state is not sent and run.state not in FINAL_STATES:
                 sent = run.state
                 yield pb.WatchRunResponse(run=self._message(run))
+            # While a run is active a step is sent once its adapter is in use: its figures are complete then.
+            pushed_only = run.state not in FINAL_STATES
             steps = await asyncio.to_thread(
-                self._ledger.list_steps, run.run_id, first_step=next_step, limit=_PAGE_STEPS
+                self._ledger.list_steps, run.run_id, first_step=next_step, limit=_PAGE_STEPS, pushed_only=pushed_only
             )
             for record in steps:
                 next_step = record.step + 1
@@ -166,10 +183,27 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 return
             await asyncio.sleep(_POLL_SECONDS)
 
+    async def ListSteps(self, request: pb.ListStepsRequest, context: Any) -> pb.ListStepsResponse:
+        """Return a page of committed steps with what became of their samples."""
+        check_range(request.first_step, field="first_step", low=0, high=2**31 - 1)
+        check_range(request.page_size, field="page_size", low=0, high=_MOST_LISTED_STEPS)
+        run = await self._get(request.run_id)
+        size = request.page_size or _LISTED_STEPS
+        states = await asyncio.to_thread(
+            self._ledger.list_states, run.run_id, first_step=request.first_step, limit=size + 1
+        )
+        following = states[size].step if len(states) > size else None
+        return pb.ListStepsResponse(steps=[state_message(state) for state in states[:size]], next_step=following)
+
     @property
     def _ledger(self) -> Ledger:
         assert self._opened is not None, "the readiness guard lets no call through before start"
         return self._opened
+
+    @property
+    def _supervised(self) -> Supervisor:
+        assert self._supervisor is not None, "the readiness guard lets no call through before start"
+        return self._supervisor
 
     async def _get(self, run_id: str) -> RunRecord:
         check_name(run_id, field="run_id")
@@ -180,67 +214,6 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             return await asyncio.to_thread(self._ledger.get_run, run_id)
         except NotFoundError:
             return None
-
-    async def _launch(self, record: Callable[[], Attempt]) -> RunRecord:
-        """Record an attempt, start its worker and return the run; once begun it is done even if the caller leaves."""
-        return await asyncio.shield(self._keep(self._begin(record)))
-
-    async def _begin(self, record: Callable[[], Attempt]) -> RunRecord:
-        attempt = await asyncio.to_thread(record)
-        run = await self._get(attempt.run_id)
-        self._keep(self._supervise(attempt, run.num_committed_steps))
-        return run
-
-    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run something on its own and hold on to it: the event loop itself does not."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _supervise(self, attempt: Attempt, next_step: int) -> None:
-        """Run an attempt, show its steps as metrics, and if its worker ends without recording how, fail the run."""
-        self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, attempt.run_id))
-        worker = asyncio.create_task(self._work(attempt))
-        overdue: float | None = None
-        while not worker.done():
-            await asyncio.wait({worker}, timeout=_METRICS_SECONDS)
-            next_step = await self._show_steps(attempt.run_id, next_step)
-            run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
-            if run.cancel_requested and overdue is None:
-                overdue = time.monotonic() + self._settings.cancel_seconds
-            if overdue is not None and time.monotonic() > overdue:
-                await self._end_hung(attempt, worker)
-        await self._end(attempt, "the worker hung" if worker.cancelled() else worker.result())
-        await self._show_steps(attempt.run_id, next_step)
-        self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, attempt.run_id))
-
-    async def _work(self, attempt: Attempt) -> str:
-        """Run the worker of an attempt and return why the run has failed if it did not say so itself."""
-        try:
-            reason = describe_exit(await self._engine.run(attempt))
-        except OSError as error:
-            reason = f"the worker could not be started: {error}"
-        return "the orchestrator was stopped; resume the run to go on" if self._closing else reason
-
-    async def _end_hung(self, attempt: Attempt, worker: asyncio.Task[str]) -> None:
-        """End a worker that does not answer a cancellation; no other run could start while it is there."""
-        worker.cancel()
-        await asyncio.wait({worker})
-        error = f"the worker did not stop within {self._settings.cancel_seconds:g} s of CancelRun and was ended"
-        await asyncio.to_thread(self._ledger.finish, attempt, RunState.CANCELLED, error=error)
-        log_event(log, "hung worker ended", level=logging.ERROR, run_id=attempt.run_id)
-
-    async def _end(self, attempt: Attempt, reason: str) -> None:
-        if await asyncio.to_thread(self._ledger.finish, attempt, RunState.FAILED, error=reason):
-            log_event(log, "run failed", level=logging.ERROR, run_id=attempt.run_id, error=reason)
-
-    async def _show_steps(self, run_id: str, first_step: int) -> int:
-        """Show the steps committed from a number on as metrics and return the next number."""
-        steps = await asyncio.to_thread(self._ledger.list_steps, run_id, first_step=first_step)
-        for record in steps:
-            self._metrics.observe_step(record)
-        return first_step + len(steps)
 
     def _message(self, run: RunRecord) -> pb.Run:
         return pb.Run(
@@ -277,12 +250,6 @@ def open_state(state_dir: Path) -> tuple[Ledger, IO[bytes]]:
     return ledger, lock
 
 
-def describe_exit(exit_: WorkerExit) -> str:
-    """Return in words how a worker ended that did not say so itself."""
-    how = f"was killed by signal {-exit_.code}" if exit_.code < 0 else f"exited with status {exit_.code}"
-    return f"the worker {how} without finishing the run; its log ends with: {exit_.last_line or '(nothing)'}"
-
-
 def step_message(record: StepRecord) -> pb.StepEvent:
     """Return a committed step as the contract spells it."""
     return pb.StepEvent(
@@ -291,6 +258,37 @@ def step_message(record: StepRecord) -> pb.StepEvent:
         metrics=[pb.StepMetric(name=name, value=value) for name, value in record.metrics.items()],
         commit_time=_timestamp(record.commit_time),
     )
+
+
+def state_message(state: StepState) -> pb.StepState:
+    """Return a committed step and what it left behind as the contract spells it."""
+    counts = state.samples
+    return pb.StepState(
+        step=state.step,
+        policy_version=state.policy_version,
+        adapter_sha256=state.adapter_sha256,
+        epoch=state.epoch,
+        samples=pb.SampleCounts(
+            asked=counts.asked, generated=counts.generated, trained=counts.trained, dropped=counts.dropped
+        ),
+        checkpoint=state.checkpoint.path if state.checkpoint else "",
+        checkpoint_sha256=state.checkpoint.sha256 if state.checkpoint else "",
+        commit_time=_timestamp(state.commit_time),
+    )
+
+
+def read_request_id(value: str) -> str:
+    """Return a request's UUID in its canonical form; empty if the caller sent none.
+
+    Raises:
+        InvalidArgumentError: It is no UUID.
+    """
+    if not value:
+        return ""
+    try:
+        return str(uuid.UUID(value))
+    except ValueError as error:
+        raise InvalidArgumentError("A request_id is a UUID.", field="request_id") from error
 
 
 def _read_config(text: str) -> RunConfig:
@@ -304,10 +302,6 @@ def _same_or_refuse(run: RunRecord, config_toml: str) -> RunRecord:
         message = f"Run {run.run_id!r} exists with another configuration; choose another id."
         raise InvalidArgumentError(message, field="run_id", reason="RUN_EXISTS")
     return run
-
-
-def _attempt(ledger: Ledger, run: RunRecord) -> Attempt:
-    return Attempt(run.run_id, run.epoch, ledger.directory(run.run_id))
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tether.adapter import AdapterProbe, AdapterPush
-from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError
 from tether.generator import GeneratorState
 from tether.reference import ReferenceState
 from tether.reward import RewardModel, ScoreItem
@@ -19,10 +20,11 @@ from tether_services.orchestrator.config import OrchestratorSettings, RunConfig,
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.pretraining import PretrainingText
 from tether_services.orchestrator.prompt_sources import load_prompt_lists, load_prompts
-from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts
+from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts, hash_prompts
 from tether_services.orchestrator.publishing import LocalAdapter, PolicyPublisher
-from tether_services.orchestrator.records import Attempt
-from tether_services.orchestrator.remote import Remote, Services, open_services
+from tether_services.orchestrator.records import Attempt, CheckpointRow, RunIdentity
+from tether_services.orchestrator.remote import BREAKERS_FILE, BreakerStates, Remote, Services, open_services
+from tether_services.orchestrator.resume import take_up
 from tether_services.orchestrator.rollouts import Identities, RolloutCollector, RolloutPlan
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.trainer import AdapterFiles, Sample, Trainer
@@ -58,6 +60,9 @@ class Session:
     identities: Identities
     pretraining: PretrainingText | None
     """Of PPO-ptx; None without it."""
+    check_lease: Callable[[], None]
+    """Raises AbortedError if this process is not the one writer of the run any more."""
+    keep_checkpoint_hours: float | None
 
     def pretraining_rows(self, step: int) -> list[list[int]]:
         """Return the pretraining text of a step, for all of its optimiser steps; empty without PPO-ptx."""
@@ -83,20 +88,44 @@ class Session:
         directory, version = self.files.new_average_directory(), self.config.total_steps
         await self.thread.run(self.trainer.export_average, directory, policy_version=version)
 
-    async def export_adapter(self, policy_version: int) -> LocalAdapter:
-        """Return the policy as it is now, written to disk with its proofs."""
-        return await self.thread.run(self._export, policy_version)
+    async def export_adapter(self, policy_version: int, *, committed_sha256: str = "") -> LocalAdapter:
+        """Return the policy as it is now, written to disk with its proofs; a committed one that is there stays."""
+        self.check_lease()
+        return await self.thread.run(self._export, policy_version, committed_sha256)
 
-    def _export(self, policy_version: int) -> LocalAdapter:
-        directory = self.files.new_adapter_directory(policy_version)
+    def _export(self, policy_version: int, committed_sha256: str) -> LocalAdapter:
+        directory = self.files.make_way(policy_version, committed_sha256=committed_sha256)
         exported = self.trainer.export_adapter(directory, policy_version=policy_version)
-        logprobs = self.trainer.probe_logprobs(self.probes)
-        return _local_adapter(exported, self.attempt.run_id, self.probes, logprobs)
+        return _local_adapter(exported, self.attempt.run_id, prove(self.trainer, self.probes))
+
+    async def save_checkpoint(self, policy_version: int) -> CheckpointRow:
+        """Return the trainer as it is now, durable on the disk."""
+        self.check_lease()
+        return await self.thread.run(self._save, policy_version)
+
+    def _save(self, policy_version: int) -> CheckpointRow:
+        folder = self.files.new_checkpoint(policy_version, self.attempt.epoch)
+        self.trainer.save_checkpoint(folder)
+        return self.files.describe_checkpoint(folder, policy_version)
+
+    def retained_checkpoints(self) -> list[CheckpointRow]:
+        """Return the checkpoints that are to be kept; the ledger knows the others as removed from now on."""
+        count, hours = self.config.keep_checkpoints, self.keep_checkpoint_hours
+        return self.ledger.retain_checkpoints(self.attempt, count=count, hours=hours)
+
+
+def _always_held() -> None:
+    """Stand for the lease of a caller that took none and works alone."""
 
 
 @asynccontextmanager
 async def open_session(
-    settings: OrchestratorSettings, config: RunConfig, ledger: Ledger, attempt: Attempt
+    settings: OrchestratorSettings,
+    config: RunConfig,
+    ledger: Ledger,
+    attempt: Attempt,
+    *,
+    check_lease: Callable[[], None] = _always_held,
 ) -> AsyncIterator[Session]:
     """Yield the session of an attempt: services checked, trainer at the last committed step, generator serving it.
 
@@ -106,13 +135,18 @@ async def open_session(
     files = RunFiles(attempt.directory)
     thread = TrainerThread()
     try:
-        async with open_services(settings) as services:
+        show = partial(show_breakers, files)
+        async with open_services(settings, retry_budget=config.failure.retry_budget, on_breaker=show) as services:
             model = await asyncio.to_thread(find_model_folder, config.model, field="model")
-            identities = Identities(await asyncio.to_thread(hash_model_folder, model))
-            files.write_services(await describe_services(services, config, identities.base_sha256))
+            base_sha256 = await asyncio.to_thread(hash_model_folder, model)
+            files.write_services(await describe_services(services, config, base_sha256))
             codec = await asyncio.to_thread(HfCodec, model)
             lists = await asyncio.to_thread(load_prompt_lists, config)
             prompts = encode_prompts(config, *lists, lambda text: codec.encode(text, add_special_tokens=True))
+            pretraining = await asyncio.to_thread(open_pretraining, config, codec)
+            identity = await identify(services, config, base_sha256, prompts, pretraining)
+            await asyncio.to_thread(ledger.pin_identity, attempt, identity)
+            identities = Identities(identity.base_sha256, identity.reward_sha256)
             await check_reward_tokenizer(services, config, prompts.training[:_PROBES], codec)
             trainer = await thread.run(build_trainer, model, config, threads=settings.threads)
             publisher = PolicyPublisher(services.adapter, attempt)
@@ -124,16 +158,26 @@ async def open_session(
                 trainer,
                 thread,
                 publisher,
-                RolloutCollector(services, publisher, identities),
+                RolloutCollector(services, publisher, identities, config.failure),
                 prompts,
                 choose_probes(prompts.training),
                 identities,
-                await asyncio.to_thread(open_pretraining, config, codec),
+                pretraining,
+                check_lease,
+                settings.keep_checkpoint_hours,
             )
-            await publisher.take_over(await restore_policy(session))
+            await take_up(session)
             yield session
     finally:
         thread.close()
+
+
+def show_breakers(files: RunFiles, states: BreakerStates) -> None:
+    """Tell the service, which exports it, which services this attempt does not call now."""
+    try:
+        files.write_json(BREAKERS_FILE, states)
+    except (OSError, TetherError) as error:  # a full disk must not add a failure to that of the service
+        log_event(log, "breakers not written", level=logging.WARNING, error=str(error), **states)
 
 
 def open_pretraining(config: RunConfig, codec: HfCodec) -> PretrainingText | None:
@@ -149,15 +193,13 @@ def open_pretraining(config: RunConfig, codec: HfCodec) -> PretrainingText | Non
     return PretrainingText(documents, codec.encode_document, max(2, length), config.seed)
 
 
-async def restore_policy(session: Session) -> LocalAdapter | None:
-    """Bring the trainer to the last committed step and return its adapter; None at step 0."""
-    committed = session.ledger.get_run(session.attempt.run_id).num_committed_steps
-    session.files.drop_uncommitted(committed)
-    if committed == 0:
-        return None
-    await session.thread.run(session.trainer.load_checkpoint, session.files.checkpoint(committed))
-    log_event(log, "checkpoint loaded", run_id=session.attempt.run_id, policy_version=committed)
-    return await session.export_adapter(committed)
+async def identify(
+    services: Services, config: RunConfig, base_sha256: str, prompts: PromptSet, pretraining: PretrainingText | None
+) -> RunIdentity:
+    """Return the hashes of all that decides the numbers of a run beside its configuration."""
+    reward = await find_reward_model(services, config)
+    documents = pretraining.documents if pretraining else ()
+    return RunIdentity(base_sha256, reward.model_sha256, await asyncio.to_thread(hash_prompts, prompts, documents))
 
 
 def build_trainer(model: Path, config: RunConfig, *, threads: int) -> Trainer:
@@ -278,14 +320,14 @@ def choose_probes(prompts: Sequence[Prompt]) -> tuple[Sample, ...]:
     return tuple(Sample(ids[:1], ids[1:_PROBE_TOKENS]) for ids in sequences)
 
 
-def _local_adapter(
-    exported: AdapterFiles, run_id: str, probes: Sequence[Sample], logprobs: Sequence[Sequence[float]]
-) -> LocalAdapter:
+def prove(trainer: Trainer, probes: Sequence[Sample]) -> tuple[AdapterProbe, ...]:
+    """Return what the policy says of fixed sequences, with its adapter and without."""
+    rows = zip(probes, trainer.probe_logprobs(probes), trainer.base_logprobs(probes), strict=True)
+    return tuple(AdapterProbe((*p.prompt_token_ids, *p.response_token_ids), own, base) for p, own, base in rows)
+
+
+def _local_adapter(exported: AdapterFiles, run_id: str, proofs: Sequence[AdapterProbe]) -> LocalAdapter:
     weights = next(file for file in exported.files if file.name.endswith(".safetensors"))
-    proofs = tuple(
-        AdapterProbe((*probe.prompt_token_ids, *probe.response_token_ids), row)
-        for probe, row in zip(probes, logprobs, strict=True)
-    )
     push = AdapterPush(
         run_id=run_id,
         policy_version=exported.policy_version,

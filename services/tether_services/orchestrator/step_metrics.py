@@ -4,16 +4,19 @@ from __future__ import annotations
 
 __all__ = ["DROP_REASONS", "OPTIONAL_METRICS", "PUSH_STAGES", "STEP_METRICS"]
 
-DROP_REASONS = ("wrong_run", "wrong_version", "wrong_adapter", "invalid_logprobs", "not_scored")
+DROP_REASONS = ("wrong_run", "wrong_version", "wrong_adapter", "invalid_logprobs", "not_scored", "no_reference")
 """Why a generated sample is not trained on."""
 PUSH_STAGES = ("serialize", "transfer", "verify", "load", "activate")
 """The way of an adapter from the trainer into use."""
 
 STEP_METRICS: dict[str, str] = {
+    "samples_asked": "completions that the step asked for; asked = generated + not generated",
     "samples_generated": "completions that the generator returned",
+    "samples_not_generated": "completions that it did not",
     "samples_trained": "completions that the update learned from",
     "samples_dropped": "completions left out; generated = trained + dropped",
     **{f"dropped_{reason}": f"of these, {reason.replace('_', ' ')}" for reason in DROP_REASONS},
+    "samples_abandoned": "completions of earlier tries of the rollout, which failed; in none of the counts above",
     "generated_tokens": "response tokens generated",
     "effective_tokens": "response tokens learned from",
     "tokens_per_second": "generated tokens over the time from the first request to the last completion",

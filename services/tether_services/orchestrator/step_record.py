@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 
@@ -18,8 +19,9 @@ from tether_services.orchestrator.records import StepRecord
 from tether_services.orchestrator.rollouts import Rollout
 from tether_services.orchestrator.step_metrics import DROP_REASONS, STEP_METRICS
 from tether_services.orchestrator.trainer import UpdateReport
+from tether_services.runtime.durable import as_storage_error
 
-__all__ = ["StepClock", "name_phase", "summarise_step"]
+__all__ = ["StepClock", "name_phase", "summarise_push", "summarise_step"]
 
 
 class StepClock:
@@ -49,8 +51,16 @@ def name_phase(where: str) -> Iterator[None]:
     try:
         yield
     except TetherError as error:
-        named = type(error)(f"{where}: {error.message}", reason=error.reason, violations=error.violations)
-        raise named from error
+        raise _place(error, where) from error
+    except OSError as error:
+        named = as_storage_error(error, Path(error.filename or "the run's folder"))
+        if named is None:
+            raise
+        raise _place(named, where) from error
+
+
+def _place(error: TetherError, where: str) -> TetherError:
+    return type(error)(f"{where}: {error.message}", reason=error.reason, violations=error.violations)
 
 
 def summarise_step(
@@ -58,17 +68,15 @@ def summarise_step(
     rollout: Rollout,
     update: UpdateReport,
     seconds: Mapping[str, float],
-    pushed: PushFigures,
     *,
     adapter_bytes: int,
 ) -> StepRecord:
-    """Return the record of a step. Figures that are not finite (undefined for this batch) are left out."""
+    """Return the record of a step before its push. Figures that are not finite (undefined here) are left out."""
     figures = {
         **update.as_dict(),
         **seconds,
         **_sample_figures(rollout),
         **_span_figures(rollout, seconds),
-        **_push_figures(pushed),
         **_memory_figures(),
         "adapter_bytes": adapter_bytes,
     }
@@ -87,10 +95,13 @@ def _sample_figures(rollout: Rollout) -> dict[str, float]:
     lengths = [len(sample.completion.token_ids) for sample in samples]
     truncated = sum(sample.completion.finish_reason == "length" for sample in samples)
     return {
+        "samples_asked": rollout.num_asked,
         "samples_generated": rollout.num_generated,
+        "samples_not_generated": rollout.num_not_generated,
         "samples_trained": len(samples),
         "samples_dropped": sum(rollout.dropped.values()),
         **{f"dropped_{reason}": rollout.dropped[reason] for reason in DROP_REASONS},
+        "samples_abandoned": rollout.num_abandoned,
         "generated_tokens": rollout.generated_tokens,
         "effective_tokens": sum(lengths),
         "tokens_per_second": rollout.generated_tokens / max(rollout.generate.seconds, 1e-9),
@@ -113,10 +124,21 @@ def _span_figures(rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, f
     }
 
 
-def _push_figures(pushed: PushFigures) -> dict[str, float]:
+def summarise_push(pushed: PushFigures, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures that a push adds to the record of its step.
+
+    Args:
+        pushed: What it took.
+        seconds: Of the phases of the step, the push included, and of the whole step.
+    """
     figures = asdict(pushed)
     probe = figures.pop("probe_mean_abs_dlogp")
-    return {"probe_mean_abs_dlogp": probe, **{f"push_{name}": value for name, value in figures.items()}}
+    return {
+        "probe_mean_abs_dlogp": probe,
+        "push_seconds": seconds["push_serialize_seconds"] + seconds["push_seconds"],
+        "step_seconds": seconds["step_seconds"],
+        **{f"push_{name}": value for name, value in figures.items()},
+    }
 
 
 def _memory_figures() -> dict[str, float]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tether.errors import AbortedError, CancelledError, TetherError
 from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.heartbeat import Heartbeat
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.runtime.child import die_with_parent
+from tether_services.runtime.durable import as_storage_error
+from tether_services.runtime.fault_points import arm, reach
+from tether_services.runtime.history import record
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.threads import prepare_process
 
@@ -24,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FENCED_EXIT_CODE = 3
 """Another attempt has taken over; this one must write nothing."""
+FENCED_REASONS = frozenset({"STALE_EPOCH", "LEASE_LOST", "LEASE_HELD"})
+LEDGER_SECONDS = 60.0
+"""How long a transaction waits for another process before the run fails: a step is worth a wait."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = OrchestratorSettings.model_validate_json(known.settings)
     prepare_process(settings.threads)
     setup_logging("orchestrator", settings.log_level)
-    ledger = Ledger(Path(settings.state_dir))
+    arm("worker", known.epoch)
+    ledger = Ledger(Path(settings.state_dir), busy_seconds=LEDGER_SECONDS)
     attempt = Attempt(known.run_id, known.epoch, ledger.directory(known.run_id))
     try:
         return asyncio.run(run_attempt(settings, ledger, attempt))
@@ -57,29 +66,51 @@ async def run_attempt(settings: OrchestratorSettings, ledger: Ledger, attempt: A
     Raises:
         AbortedError: This attempt is over: another one has begun, or the run has ended.
     """
-    await asyncio.to_thread(ledger.mark_running, attempt)
-    try:
-        await _train(settings, ledger, attempt)
-        state, error = RunState.SUCCEEDED, ""
-    except CancelledError:
-        state, error = RunState.CANCELLED, ""
-    except TetherError as failure:
-        if failure.reason == "STALE_EPOCH":
-            raise
-        state, error = RunState.FAILED, f"[{failure.reason}] {failure.message}"
-    except Exception as failure:  # a defect must end the run with its name, not leave it RUNNING
-        log.error("unforeseen error", exc_info=failure)
-        state, error = RunState.FAILED, f"[INTERNAL] {type(failure).__name__}: {failure}; worker.log has the details"
-    await asyncio.to_thread(_finish, ledger, attempt, state, error)
+    lease = await asyncio.to_thread(partial(ledger.acquire_lease, attempt, seconds=settings.lease_seconds))
+    record("attempt", run=attempt.run_id, epoch=attempt.epoch)
+    reach("lease.acquired")
+    with Heartbeat(ledger, lease, seconds=settings.lease_seconds) as heartbeat:
+        await asyncio.to_thread(ledger.mark_running, attempt)
+        state, error = await _run_to_end(settings, ledger, attempt, heartbeat.check)
+        reach("run.steps_done")
+        await asyncio.to_thread(_finish, ledger, attempt, state, error)
+    reach("run.reported")
     return 0
 
 
-async def _train(settings: OrchestratorSettings, ledger: Ledger, attempt: Attempt) -> None:
+async def _run_to_end(
+    settings: OrchestratorSettings, ledger: Ledger, attempt: Attempt, check_lease: Callable[[], None]
+) -> tuple[RunState, str]:
+    """Train and return the final state of the run and the reason of a failure.
+
+    Raises:
+        AbortedError: This attempt is over.
+    """
+    try:
+        await _train(settings, ledger, attempt, check_lease)
+        return RunState.SUCCEEDED, ""
+    except CancelledError:
+        return RunState.CANCELLED, ""
+    except TetherError as failure:
+        if failure.reason in FENCED_REASONS:
+            raise
+        return RunState.FAILED, f"[{failure.reason}] {failure.message}"
+    except Exception as failure:  # a defect must end the run with its name, not leave it RUNNING
+        named = as_storage_error(failure, attempt.directory) if isinstance(failure, OSError) else None
+        if named is not None:
+            return RunState.FAILED, f"[{named.reason}] {named.message}"
+        log.error("unforeseen error", exc_info=failure)
+        return RunState.FAILED, f"[INTERNAL] {type(failure).__name__}: {failure}; worker.log has the details"
+
+
+async def _train(
+    settings: OrchestratorSettings, ledger: Ledger, attempt: Attempt, check_lease: Callable[[], None]
+) -> None:
     config = parse_run_config(ledger.get_run(attempt.run_id).config_toml)
     from tether_services.orchestrator.loop import run_training
     from tether_services.orchestrator.session import open_session
 
-    async with open_session(settings, config, ledger, attempt) as session:
+    async with open_session(settings, config, ledger, attempt, check_lease=check_lease) as session:
         await run_training(session)
 
 

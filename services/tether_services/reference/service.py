@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -59,8 +59,13 @@ class ReferenceService(reference_pb2_grpc.ReferenceServiceServicer):
         self._batcher.start()
 
     async def check(self) -> None:
-        """Have the engine evaluate one token."""
+        """Have the batcher take a turn and the engine evaluate one token."""
+        await self._batcher.probe()
         await self._ready_engine().check()
+
+    def on_failure(self, report: Callable[[BaseException], None]) -> None:
+        """Report the death of the batcher."""
+        self._batcher.on_death = report
 
     async def close(self) -> None:
         """Stop the batcher, then the engine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -64,13 +64,18 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             self._models[model.name] = model
             self._metrics.model.labels(model.name).info({"version": model.version, "sha256": model.sha256})
             log_event(log, "model loaded", engine=model.engine, model=model.name, sha256=model.sha256)
-        await self.check()
         self._batcher.start()
+        await self.check()
 
     async def check(self) -> None:
-        """Have every engine answer a tiny request."""
+        """Have the batcher take a turn and every engine answer a tiny request."""
+        await self._batcher.probe()
         for model in self._models.values():
             await model.check()
+
+    def on_failure(self, report: Callable[[BaseException], None]) -> None:
+        """Report the death of the batcher."""
+        self._batcher.on_death = report
 
     async def close(self) -> None:
         """Stop the batcher, then the engines."""

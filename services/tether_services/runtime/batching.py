@@ -3,6 +3,9 @@
 A batch closes when it would exceed `max_items` or `max_tokens`, or when its first item has waited `max_delay_seconds`.
 While the engine works, the queue fills, so batches grow under load and stay small without it. Items whose caller has
 gone or whose deadline has passed are dropped before the engine sees them.
+
+The floating-point results of a model depend on what shares its batch. With `mix_calls = false` a batch is made of the
+items of one call alone, so that its results are the same whatever else is in flight.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tether.errors import DeadlineExceededError, ResourceExhaustedError, UnavailableError
+from tether.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
 from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.settings import Settings
 
@@ -35,6 +38,15 @@ class BatchSettings(Settings):
     """How long the first item of a batch waits for company."""
     queue_limit: int = Field(default=2048, ge=1)
     """Items that may wait; more are refused with RESOURCE_EXHAUSTED."""
+    mix_calls: bool = True
+    """Whether items of several calls share a batch; false is slower, and bit-identical whatever else is in flight."""
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> BatchSettings:
+        """Refuse a setting that would be ignored."""
+        if not self.mix_calls and "max_delay_seconds" in self.model_fields_set:
+            raise ValueError("max_delay_seconds would be ignored with mix_calls = false: no batch waits for company")
+        return self
 
 
 @dataclass(slots=True)
@@ -69,18 +81,40 @@ class Batcher(Generic[ItemT, ResultT]):
         self._queue: deque[_Entry[ItemT, ResultT]] = deque()
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._executing = False
+        self._unanswered: set[asyncio.Future[ResultT]] = set()
+        self._probes: list[asyncio.Future[None]] = []
+        self._num_calls = 0
+        self._refusal: tuple[str, str] | None = None
+        """Message and reason for every call once nothing is executed any more."""
+        self.on_death: Callable[[BaseException], None] = lambda error: None
+        """Called at once if the worker ends by itself, which is a defect; nothing is executed any more."""
 
     def start(self) -> None:
         """Begin executing batches on the running event loop."""
         self._task = asyncio.create_task(self._work(), name="batcher")
+        self._task.add_done_callback(self._bury)
 
     async def close(self) -> None:
         """Stop; items that wait or are being executed fail with UNAVAILABLE."""
+        self._stop("The service is stopping.", "DRAINING")
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        _fail_as_draining(self._queue)
-        self._queue.clear()
+
+    async def probe(self) -> None:
+        """Return when the worker has taken its turn, before anything that waits; at once while it executes a batch.
+
+        Raises:
+            UnavailableError: There is no worker any more.
+        """
+        self._check_working()
+        if self._executing:
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._probes.append(turn)
+        self._arrived.set()
+        await turn
 
     async def submit_all(
         self, items: Sequence[tuple[ItemT, int]], *, key: Hashable = None, timeout_seconds: float
@@ -90,8 +124,10 @@ class Batcher(Generic[ItemT, ResultT]):
         Raises:
             ResourceExhaustedError: The queue has no room for all of them.
             DeadlineExceededError: `timeout_seconds` passed before they were executed.
+            UnavailableError: The batcher has stopped: it was closed, or its worker has died (ENGINE_FAILED).
             Exception: Whatever `run` returned for an item.
         """
+        self._check_working()
         if len(self._queue) + len(items) > self._settings.queue_limit:
             self._metrics.rejected.labels("queue_full").inc(len(items))
             raise ResourceExhaustedError(
@@ -100,8 +136,12 @@ class Batcher(Generic[ItemT, ResultT]):
             )
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + timeout_seconds
+        if not self._settings.mix_calls:
+            self._num_calls += 1
+            key = (key, self._num_calls)
         entries = [_Entry[ItemT, ResultT](item, tokens, key, deadline, loop.create_future()) for item, tokens in items]
         self._queue.extend(entries)
+        self._unanswered.update(entry.future for entry in entries)
         self._metrics.depth.set(len(self._queue))
         self._arrived.set()
         try:
@@ -109,6 +149,7 @@ class Batcher(Generic[ItemT, ResultT]):
         finally:
             for entry in entries:
                 entry.future.cancel()
+            self._unanswered.difference_update(entry.future for entry in entries)
 
     async def _work(self) -> None:
         while True:
@@ -116,21 +157,55 @@ class Batcher(Generic[ItemT, ResultT]):
             if batch:
                 await self._execute(batch)
 
+    def _check_working(self) -> None:
+        if self._refusal is not None:
+            message, reason = self._refusal
+            raise UnavailableError(message, reason=reason)
+
+    def _bury(self, task: asyncio.Task[None]) -> None:
+        """Fail everything that waits for a worker that has ended by itself, and tell."""
+        if self._refusal is not None:
+            return
+        error = asyncio.CancelledError("the worker was cancelled") if task.cancelled() else task.exception()
+        self._stop("The engine has failed; the service must be restarted.", "ENGINE_FAILED")
+        self.on_death(error or RuntimeError("the worker has returned"))
+
+    def _stop(self, message: str, reason: str) -> None:
+        """Refuse everything from now on, and fail what has no answer yet."""
+        self._refusal = (message, reason)
+        futures: list[asyncio.Future[Any]] = [*self._unanswered, *self._probes]
+        for future in futures:
+            if not future.done():
+                future.set_exception(UnavailableError(message, reason=reason))
+        self._queue.clear()
+        self._probes.clear()
+
     async def _next_batch(self) -> list[_Entry[ItemT, ResultT]]:
         while not self._queue:
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._wait()
         opened = time.monotonic()
-        while not self._is_full():
+        while self._settings.mix_calls and not self._is_full():
             patience = opened + self._settings.max_delay_seconds - time.monotonic()
             if patience <= 0:
                 break
-            self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), patience)
+                await asyncio.wait_for(self._wait(), patience)
             except TimeoutError:
                 break
         return self._take()
+
+    async def _wait(self) -> None:
+        """Wait for an item or a probe; a probe is answered here."""
+        self._arrived.clear()
+        self._answer_probes()
+        await self._arrived.wait()
+        self._answer_probes()
+
+    def _answer_probes(self) -> None:
+        while self._probes:
+            turn = self._probes.pop()
+            if not turn.done():
+                turn.set_result(None)
 
     def _is_full(self) -> bool:
         tokens = sum(entry.tokens for entry in self._queue)
@@ -170,11 +245,11 @@ class Batcher(Generic[ItemT, ResultT]):
         return False
 
     async def _execute(self, batch: Sequence[_Entry[ItemT, ResultT]]) -> None:
+        self._executing = True
         try:
             results = await self._run([entry.item for entry in batch])
-        except asyncio.CancelledError:
-            _fail_as_draining(batch)
-            raise
+            if len(results) != len(batch):
+                raise InternalError(f"The engine gave {len(results)} results for {len(batch)} items.")
         except Exception as error:  # one failed batch must not end the worker; its callers get the error
             results = [error] * len(batch)
         for entry, result in zip(batch, results, strict=True):
@@ -184,9 +259,4 @@ class Batcher(Generic[ItemT, ResultT]):
                 entry.future.set_exception(result)
             else:
                 entry.future.set_result(result)
-
-
-def _fail_as_draining(entries: Iterable[_Entry[ItemT, ResultT]]) -> None:
-    for entry in entries:
-        if not entry.future.done():
-            entry.future.set_exception(UnavailableError("The service is stopping.", reason="DRAINING"))
+        self._executing = False

@@ -25,6 +25,7 @@ class Health:
         self.names = ("", *names)
         self.not_ready_reason: str | None = "starting"
         """Why calls are refused now; None while the service is ready."""
+        self._gone = False
         self._servicer = health.aio.HealthServicer()
 
     async def attach(self, server: grpc.aio.Server) -> None:
@@ -42,13 +43,22 @@ class Health:
         self.not_ready_reason = "draining"
         await self._set(self.names, NOT_SERVING)
 
-    async def engine_failed(self) -> None:
-        """The engine no longer answers: nothing is served and the process should be replaced."""
+    async def engine_failed(self, *, for_good: bool = False) -> None:
+        """The engine no longer answers: nothing is served and the process should be replaced.
+
+        Args:
+            for_good: No later answer of the engine turns the service back.
+        """
+        self._gone = self._gone or for_good
         self.not_ready_reason = "engine failed"
         await self._set((*self.names, LIVENESS), NOT_SERVING)
 
     async def watch_engine(self, check: Callable[[], Awaitable[None]], *, every_seconds: float) -> None:
-        """Call `check` for ever; a failure or a late answer turns the service unhealthy, an answer turns it back."""
+        """Call `check` for ever; a failure or a late answer turns the service unhealthy, an answer turns it back.
+
+        From the last moment in which the engine could have answered it takes at most twice `every_seconds`: the pause,
+        then the wait for the answer.
+        """
         while True:
             await asyncio.sleep(every_seconds)
             try:
@@ -57,7 +67,7 @@ class Health:
                 log_event(log, "engine check failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
                 await self.engine_failed()
             else:
-                if self.not_ready_reason == "engine failed":
+                if self.not_ready_reason == "engine failed" and not self._gone:
                     await self.ready()
 
     async def _set(self, names: Iterable[str], status: int) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -49,6 +49,15 @@ class Port:
     """Largest message accepted on this port."""
 
 
+@runtime_checkable
+class Fallible(Protocol):
+    """What has a part that can die for good while the process lives."""
+
+    def on_failure(self, report: Callable[[BaseException], None]) -> None:
+        """Have the report called, on the event loop, as soon as such a part has died."""
+        ...
+
+
 class Service(Protocol):
     """What a service folder hands to the chassis."""
 
@@ -68,7 +77,7 @@ class Service(Protocol):
         ...
 
     async def check(self) -> None:
-        """Have the engine answer a tiny request; raise if it does not."""
+        """Have the engine answer a tiny request, on the way that calls take; raise if it does not."""
         ...
 
     async def close(self) -> None:
@@ -83,6 +92,10 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", DATA_MESSAGE_BYTES),
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.keepalive_time_ms", 20_000),  # a caller that is gone without a word gives its calls up, and their leases
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_connection_age_ms", 30 * 60 * 1000),
@@ -128,6 +141,7 @@ class ServiceRunner:
         self._servers: list[grpc.aio.Server] = []
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.health = Health([name for port in service.ports() for name in port.service_names])
         self.bound_ports: list[int] = []
         """Port numbers in use, in the order of `Service.ports`."""
@@ -168,12 +182,21 @@ class ServiceRunner:
             self.bound_ports.append(await self._listen(port, chain))
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
         log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
+        if isinstance(self._service, Fallible):
+            self._service.on_failure(self._engine_failed)
         await self._service.start()
         await self.health.ready()
         self._watch = asyncio.create_task(
             self.health.watch_engine(self._service.check, every_seconds=self._settings.liveness_seconds)
         )
         log_event(log, "serving", services=list(self.health.names[1:]))
+
+    def _engine_failed(self, error: BaseException) -> None:
+        """Take the service out of use at once; `watch_engine` would notice only later."""
+        log_event(log, "engine failed", level=logging.CRITICAL, error=f"{type(error).__name__}: {error}")
+        task = asyncio.create_task(self.health.engine_failed(for_good=True))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _listen(self, port: Port, chain: Chain) -> int:
         check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)

@@ -47,8 +47,8 @@ class ServerSettings(Settings):
     """Calls must carry a deadline of at most this."""
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
     """After SIGTERM, calls in flight get this long to finish."""
-    liveness_seconds: float = Field(default=10.0, gt=0, le=3600)
-    """The engine answers a tiny request this often, within this time, or liveness fails."""
+    liveness_seconds: float = Field(default=5.0, gt=0, le=3600)
+    """The engine answers a tiny request this often, or is seen to compute, within this time, or liveness fails."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads for tensor work."""
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")

@@ -29,6 +29,7 @@ from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.model_folder import pick_device
 from tether_services.runtime.pretrained import load_pretrained
 from tether_services.runtime.text import HfCodec
+from tether_services.runtime.thread_clock import ThreadClock
 
 ResultT = TypeVar("ResultT")
 CHECK_TOKEN_IDS = (0, 0)
@@ -45,15 +46,14 @@ class TransformersEngine:
 
     def __init__(self, settings: GeneratorSettings, queue: QueueMetrics) -> None:
         self._settings = settings
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transformers")
+        self._clock = ThreadClock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers", initializer=self._clock.attach)
         self._batcher: Batcher[tuple[Row, LoadedAdapter | None], EngineCompletion] = Batcher(
             self._run_batch, settings.batch, queue
         )
         self._model: Any = None
         self._peft: Any = None
         self._current: str | None = None
-        self._steps = 0
-        self._steps_checked = 0
 
     async def start(self) -> None:
         """Load tokenizer and weights."""
@@ -93,11 +93,14 @@ class TransformersEngine:
         """Drop the adapter's weights."""
         await self._in_thread(lambda: self._unload_adapter(adapter))
 
+    def on_failure(self, report: Callable[[BaseException], None]) -> None:
+        """Report the death of the batcher."""
+        self._batcher.on_death = report
+
     async def check(self) -> None:
-        """Pass if decoding has moved since the last check, else run a tiny forward pass."""
-        moved, self._steps_checked = self._steps != self._steps_checked, self._steps
-        if not moved:
-            await self.compute_logprobs([CHECK_TOKEN_IDS], None)
+        """Have the batcher take a turn, then run a tiny forward pass, or see that decoding moves on."""
+        await self._batcher.probe()
+        await self._clock.wait_for_life(self.compute_logprobs([CHECK_TOKEN_IDS], None))
 
     async def close(self) -> None:
         """Finish the running batch and drop the model."""
@@ -140,10 +143,7 @@ class TransformersEngine:
 
     def _decode(self, rows: Sequence[Row], adapter: LoadedAdapter | None) -> list[EngineCompletion]:
         self._switch_to(adapter)
-        return decode_batch(self._decoding, rows, self._count_step)
-
-    def _count_step(self) -> None:
-        self._steps += 1
+        return decode_batch(self._decoding, rows, self._clock.tick)
 
     @torch.inference_mode()
     def _score(self, token_ids: list[int], adapter: LoadedAdapter | None) -> list[float]:

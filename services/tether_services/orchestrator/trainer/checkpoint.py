@@ -42,7 +42,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     state = {"format": _FORMAT, "sha256": hashes, **checkpoint.state}
     files["state.json"] = (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()
-    write_directory(directory, files)
+    write_directory(directory, files, points="checkpoint")
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

@@ -41,6 +41,7 @@ from tether_services.ppo.kl import AdaptiveKl, FixedKl, KlController
 from tether_services.ppo.rewards import Normaliser
 from tether_services.ppo.schedules import learning_rate_factor
 from tether_services.runtime.content_hash import hash_model_folder
+from tether_services.runtime.fault_points import reach
 from tether_services.runtime.model_folder import pick_device
 
 __all__ = ["Trainer"]
@@ -125,6 +126,10 @@ class Trainer:
         """Return the policy's log-probabilities of fixed sequences at temperature 1, which prove a pushed adapter."""
         return [row.tolist() for row in self.compute_logprobs(probes, adapter="policy", temperature=1.0)]
 
+    def base_logprobs(self, probes: Sequence[Sample]) -> list[list[float]]:
+        """Return the same without adapters, from which a pushed one must differ as much where it is served."""
+        return [row.tolist() for row in self.compute_logprobs(probes, adapter="reference", temperature=1.0)]
+
     def update(self, batch: RolloutBatch, pretraining: Sequence[Sequence[int]] = ()) -> UpdateReport:
         """Learn from a scored rollout batch and return the figures of the update.
 
@@ -151,6 +156,8 @@ class Trainer:
             figures = self._take_step(experience, layout, step, rate, may_stop=bool(taken))
             if figures is None:
                 break
+            if not taken:
+                reach("update.first_optimiser_step")
             taken.append(figures)
         self.num_updates += 1
         moved = {"policy": any(steps), "critic": self._ppo.has_critic}

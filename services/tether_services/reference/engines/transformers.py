@@ -20,6 +20,7 @@ from tether_services.runtime.content_hash import hash_model_folder
 from tether_services.runtime.model_folder import find_model_folder, pick_device
 from tether_services.runtime.padding import PaddedBatch, padded_batches
 from tether_services.runtime.pretrained import load_pretrained
+from tether_services.runtime.thread_clock import ThreadClock
 
 ResultT = TypeVar("ResultT")
 
@@ -34,7 +35,8 @@ class TransformersReferenceEngine:
 
     def __init__(self, settings: ReferenceSettings) -> None:
         self._settings = settings
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-engine")
+        self._clock = ThreadClock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reference-engine", initializer=self._clock.attach)
         self._model: Any = None
         self._device = "cpu"
         self._description: EngineDescription | None = None
@@ -59,8 +61,8 @@ class TransformersReferenceEngine:
         return [answers[index] for index in range(len(tasks))]
 
     async def check(self) -> None:
-        """Evaluate one token."""
-        await self.compute_logprobs([LogprobTask((0,), (0,), 1.0, False)])
+        """Evaluate one token, or see the thread compute."""
+        await self._clock.wait_for_life(self.compute_logprobs([LogprobTask((0,), (0,), 1.0, False)]))
 
     async def close(self) -> None:
         """Let the pass in progress end and drop the model."""

@@ -27,6 +27,7 @@ from tether_services.runtime.padding import PaddedBatch, padded_batches
 from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 from tether_services.runtime.settings import Settings, validate
 from tether_services.runtime.text import HfCodec
+from tether_services.runtime.thread_clock import ThreadClock
 
 ResultT = TypeVar("ResultT")
 
@@ -87,7 +88,8 @@ class TransformersRewardEngine:
         self._path = path
         self._field = field
         self._settings = settings
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-engine")
+        self._clock = ThreadClock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-engine", initializer=self._clock.attach)
         self._body: Any = None
         self._head: Any = None
         self._device = "cpu"
@@ -112,8 +114,8 @@ class TransformersRewardEngine:
         return [scores[index] for index in range(len(tasks))]
 
     async def check(self) -> None:
-        """Score one token."""
-        await self.score([ScoreTask(response_token_ids=(0,))])
+        """Score one token, or see the thread compute."""
+        await self._clock.wait_for_life(self.score([ScoreTask(response_token_ids=(0,))]))
 
     async def close(self) -> None:
         """Let the pass in progress end and drop the model."""

@@ -1,0 +1,274 @@
+"""Keeps runs going: starts their workers, watches them, starts them again after a crash, and records how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tether.errors import ResourceExhaustedError, TetherError, UnavailableError
+from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.engine import RunEngine, WorkerExit
+from tether_services.orchestrator.lease import end_holder
+from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.metrics import OrchestratorMetrics
+from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunRecord, RunState
+from tether_services.orchestrator.remote import BREAKERS_FILE, BreakerStates
+from tether_services.orchestrator.run_files import RunFiles
+from tether_services.runtime.logging import log_event
+
+__all__ = ["Supervisor", "describe_exit", "read_breakers"]
+
+log = logging.getLogger(__name__)
+
+FENCED_EXIT_CODE = 3
+"""As in worker.py, which is not imported here: another attempt has taken over."""
+_LOOK_SECONDS = 0.5
+"""How often a worker is looked at and committed steps are read for the metrics."""
+_MISSED_LEASES = 3.0
+_LAST_PAUSE_SECONDS = 5.0
+STOPPED = "the orchestrator was stopped; resume the run to go on"
+ORPHANED = "the orchestrator process ended; resume the run to go on"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a worker ended."""
+
+    reason: str
+    """Why the run has failed, if the worker did not say so itself."""
+    crashed: bool = False
+    """True if starting another one may help."""
+    state: RunState = RunState.FAILED
+    """Of the run, unless another worker is started."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What is known of a worker from earlier looks at it, on the monotonic clock."""
+
+    cancelled_at: float | None = None
+    lease_ns: int = 0
+    renewed_at: float = 0.0
+
+
+class Supervisor:
+    """The workers of one orchestrator."""
+
+    def __init__(
+        self, settings: OrchestratorSettings, engine: RunEngine, metrics: OrchestratorMetrics, ledger: Ledger
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._metrics = metrics
+        self._ledger = ledger
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+
+    async def recover(self) -> None:
+        """Take care of the run that an earlier orchestrator left unfinished: it goes on, or is FAILED."""
+        try:
+            await self._recover()
+        except (ResourceExhaustedError, UnavailableError) as error:
+            log_event(log, "recovery postponed", level=logging.ERROR, error=str(error))
+            self.keep(self._persist(self._recover))
+
+    async def close(self) -> None:
+        """End the workers; their runs are FAILED and can be resumed."""
+        self._closing = True
+        await self._engine.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def launch(self, record: Callable[[], Attempt]) -> RunRecord:
+        """Record an attempt, start its worker and return the run; not to be cancelled in between."""
+        attempt = await asyncio.to_thread(record)
+        run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
+        self.keep(self._supervise(attempt, run.num_committed_steps))
+        return run
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something on its own and hold on to it: the event loop itself does not."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _recover(self) -> None:
+        left = await asyncio.to_thread(self._ledger.active_run)
+        if left is not None:
+            attempt = Attempt(left.run_id, left.epoch, self._ledger.directory(left.run_id))
+            if self._settings.auto_resume == "off":
+                await self._finish(attempt, RunState.FAILED, ORPHANED)
+                return
+            restart = partial(self._restart, attempt, "the orchestrator process ended")
+            following = await asyncio.to_thread(restart)
+        elif self._settings.auto_resume == "always":
+            stopped = await asyncio.to_thread(self._ledger.interrupted_run)
+            following = await asyncio.to_thread(self._ledger.begin_attempt, stopped.run_id) if stopped else None
+        else:
+            return
+        if following is not None:
+            self._note_resume(following, "taken up")
+            run = await asyncio.to_thread(self._ledger.get_run, following.run_id)
+            self.keep(self._supervise(following, run.num_committed_steps))
+
+    async def _supervise(self, attempt: Attempt, next_step: int) -> None:
+        """See a run to its end and show its steps as metrics."""
+        try:
+            await self._show_state(attempt.run_id)
+            next_step = await self._see_to_end(attempt, next_step)
+            await self._show_steps(attempt.run_id, next_step, pushed_only=False)
+            await self._show_state(attempt.run_id)
+        except (TetherError, OSError) as error:  # the ledger cannot be used at all; the health check says so too
+            log_event(log, "run left alone", level=logging.ERROR, run_id=attempt.run_id, error=str(error))
+
+    async def _see_to_end(self, attempt: Attempt, next_step: int) -> int:
+        """Run a worker, and another one after each that died; return the next step to show."""
+        for number in count():
+            end, next_step = await self._watch(attempt, next_step)
+            following = await self._follow(attempt, end)
+            if following is None:
+                return next_step
+            self._note_resume(following, end.reason)
+            await asyncio.sleep(_pause(number))
+            attempt = following
+        raise AssertionError("counted without end")
+
+    async def _show_state(self, run_id: str) -> None:
+        self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, run_id))
+
+    def _note_resume(self, attempt: Attempt, reason: str) -> None:
+        self._metrics.resumes.inc()
+        log_event(log, "run resumed", level=logging.WARNING, run_id=attempt.run_id, epoch=attempt.epoch, reason=reason)
+
+    async def _watch(self, attempt: Attempt, next_step: int) -> tuple[_End, int]:
+        """Run the worker of an attempt; return how it ended and the next step to show."""
+        try:
+            await asyncio.to_thread(self._end_stale_holder, attempt.run_id)
+        except (TimeoutError, PermissionError) as error:
+            return _End(f"the worker of an earlier attempt is still there: {error}"), next_step
+        worker, watch = asyncio.create_task(self._work(attempt)), _Watch(renewed_at=time.monotonic())
+        ended = None
+        while not worker.done():
+            await asyncio.wait({worker}, timeout=_LOOK_SECONDS)
+            try:
+                next_step = await self._show_steps(attempt.run_id, next_step, pushed_only=True)
+                self._metrics.show_breakers(await asyncio.to_thread(read_breakers, attempt.directory))
+                ended = ended or await self._end_if_hung(attempt, worker, watch)
+            except (TetherError, OSError) as error:  # of the ledger's disk: the worker may still get through
+                log_event(log, "run not readable", level=logging.ERROR, run_id=attempt.run_id, error=str(error))
+        self._metrics.show_breakers({})
+        return ended or worker.result(), next_step
+
+    def _end_stale_holder(self, run_id: str) -> None:
+        """Kill the worker of an earlier attempt that outlived its orchestrator.
+
+        Raises:
+            TimeoutError: It does not end.
+        """
+        lease = self._ledger.get_lease(run_id)
+        if lease is not None and end_holder(lease):
+            log_event(log, "stale worker ended", level=logging.WARNING, run_id=run_id, holder=lease.holder)
+
+    async def _work(self, attempt: Attempt) -> _End:
+        """Run the worker of an attempt and return how it ended."""
+        try:
+            exit_ = await self._engine.run(attempt)
+        except OSError as error:
+            return _End(f"the worker could not be started: {error}")
+        return _End(describe_exit(exit_), crashed=exit_.code not in (0, FENCED_EXIT_CODE))
+
+    async def _end_if_hung(self, attempt: Attempt, worker: asyncio.Task[_End], watch: _Watch) -> _End | None:
+        """End a worker that does not answer a cancellation, or does not renew its lease; None if it is well.
+
+        No other run could start while it is there.
+        """
+        run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
+        lease = await asyncio.to_thread(self._ledger.get_lease, attempt.run_id)
+        now = time.monotonic()
+        if lease is None or lease.epoch != attempt.epoch or lease.expires_ns != watch.lease_ns:
+            watch.lease_ns, watch.renewed_at = (lease.expires_ns if lease else 0), now
+        if run.cancel_requested and watch.cancelled_at is None:
+            watch.cancelled_at = now
+        silence = _MISSED_LEASES * self._settings.lease_seconds
+        if watch.cancelled_at is not None and now - watch.cancelled_at > self._settings.cancel_seconds:
+            reason = f"the worker did not stop within {self._settings.cancel_seconds:g} s of CancelRun and was ended"
+            end = _End(reason, state=RunState.CANCELLED)
+        elif now - watch.renewed_at > silence and run.state not in FINAL_STATES:
+            end = _End(f"the worker gave no sign of life for {silence:g} s and was ended", crashed=True)
+        else:
+            return None
+        worker.cancel()
+        await asyncio.wait({worker})
+        log_event(log, "hung worker ended", level=logging.ERROR, run_id=attempt.run_id, reason=end.reason)
+        return end
+
+    async def _follow(self, attempt: Attempt, end: _End) -> Attempt | None:
+        """Return the attempt that follows one whose worker has ended; None if the run has ended or ends now."""
+        if self._closing:
+            await self._persist(partial(self._finish, attempt, RunState.FAILED, STOPPED, interrupted=True))
+            return None
+        if not end.crashed or self._settings.auto_resume == "off":
+            await self._persist(partial(self._finish, attempt, end.state, end.reason))
+            return None
+
+        async def restart() -> Attempt | None:
+            return await asyncio.to_thread(self._restart, attempt, end.reason)
+
+        return await self._persist(restart)
+
+    def _restart(self, attempt: Attempt, reason: str) -> Attempt | None:
+        return self._ledger.restart_attempt(attempt, reason=reason, max_restarts=self._settings.max_restarts)
+
+    async def _finish(self, attempt: Attempt, state: RunState, error: str, *, interrupted: bool = False) -> None:
+        finish = partial(self._ledger.finish, attempt, state, error=error, interrupted=interrupted)
+        if await asyncio.to_thread(finish):
+            log_event(log, f"run {state.value.lower()}", level=logging.ERROR, run_id=attempt.run_id, error=error)
+
+    async def _persist(self, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something to the ledger, again and again while its disk is full or another process holds it.
+
+        Otherwise a run would stay RUNNING for ever: it could be neither resumed nor replaced by another.
+        """
+        for number in count():
+            try:
+                return await act()
+            except (ResourceExhaustedError, UnavailableError) as error:
+                log_event(log, "ledger not written", level=logging.ERROR, error=str(error))
+                if self._closing:  # the next start takes care of it
+                    raise
+            await asyncio.sleep(_pause(number))
+        raise AssertionError("counted without end")
+
+    async def _show_steps(self, run_id: str, first_step: int, *, pushed_only: bool) -> int:
+        """Show the steps committed from a number on as metrics and return the next number."""
+        read = partial(self._ledger.list_steps, run_id, first_step=first_step, pushed_only=pushed_only)
+        steps = await asyncio.to_thread(read)
+        for record in steps:
+            self._metrics.observe_step(record)
+        return first_step + len(steps)
+
+
+def _pause(number: int) -> float:
+    """Return the seconds before a repeat, counted from 0."""
+    return float(min(0.1 * 2 ** min(number, 10), _LAST_PAUSE_SECONDS))
+
+
+def read_breakers(directory: Path) -> BreakerStates:
+    """Return what the worker of a run says of the services it calls; empty before it has said anything."""
+    states: BreakerStates = RunFiles(directory).read_json(BREAKERS_FILE) or {}
+    return states
+
+
+def describe_exit(exit_: WorkerExit) -> str:
+    """Return in words how a worker ended that did not say so itself."""
+    how = f"was killed by signal {-exit_.code}" if exit_.code < 0 else f"exited with status {exit_.code}"
+    return f"the worker {how} without finishing the run; its log ends with: {exit_.last_line or '(nothing)'}"

@@ -1,0 +1,139 @@
+"""Forks workers from a process that has loaded the libraries already: a restart then takes tenths of a second.
+
+    python -m tests.reliability.launch --parent-pid PID tests.reliability.fork_server SOCKET [SABOTAGE ...]
+
+The orchestrator starts fork_client.py in place of the worker; that asks here for a worker with its own arguments,
+output and working folder, waits, and ends as the worker ended. If it is ended itself, its worker is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["main"]
+
+POLL_SECONDS: Final = 0.01
+MAX_REQUEST_BYTES: Final = 64 * 1024
+LIBRARIES: Final = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "safetensors.torch",
+    "pydantic",
+    "psutil",
+    "matplotlib.pyplot",
+    "google.protobuf.message",
+)
+
+
+@dataclass(slots=True)
+class _Forked:
+    """A worker and the connection of who wants to know its end."""
+
+    pid: int
+    client: socket.socket
+
+
+def main() -> int:
+    """Serve until this process is killed."""
+    _load()
+    path, *sabotage = sys.argv[1:]
+    workers: list[_Forked] = []
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(path)
+        listener.listen()
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select(POLL_SECONDS):
+                if key.fileobj is listener:
+                    forked = _accept(listener, sabotage)
+                    workers.append(forked)
+                    selector.register(forked.client, selectors.EVENT_READ)
+                else:
+                    _kill_of(key.fileobj, workers)
+            for forked in [worker for worker in workers if _tell_end(worker)]:
+                selector.unregister(forked.client)
+                forked.client.close()
+                workers.remove(forked)
+
+
+def _load() -> None:
+    """Import the libraries that take long: none may start a thread, and gRPC is for the forked process alone.
+
+    With gRPC loaded before the fork, one of some 250 workers died of a signal 11 in its event engine.
+    """
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    assert "grpc" not in sys.modules, "gRPC is loaded: forking is not safe"
+    threads = os.listdir("/proc/self/task")
+    assert threading.active_count() == len(threads) == 1, f"{len(threads)} threads: forking is not safe any more"
+
+
+def _accept(listener: socket.socket, sabotage: list[str]) -> _Forked:
+    """Fork the worker that a client asks for."""
+    client, _ = listener.accept()
+    request, handles, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, 2)
+    wanted = json.loads(request)
+    pid = os.fork()
+    if pid == 0:
+        listener.close()
+        client.close()
+        os._exit(_work(wanted["folder"], wanted["arguments"], handles, sabotage))
+    for handle in handles:
+        os.close(handle)
+    return _Forked(pid, client)
+
+
+def _work(folder: str, arguments: list[str], handles: list[int], sabotage: list[str]) -> int:
+    """Be the worker, and return its exit status."""
+    os.chdir(folder)
+    for handle, standard in zip(handles, (1, 2), strict=True):
+        os.dup2(handle, standard)
+        os.close(handle)
+    arguments[arguments.index("--parent-pid") + 1] = str(os.getppid())
+    try:
+        from tests.reliability.sabotage import take_out
+        from tether_services.orchestrator.worker import main as work
+
+        for name in sabotage:
+            take_out(name)
+        return work(arguments)
+    except BaseException:  # what the interpreter itself would do at the end of a process
+        sys.excepthook(*sys.exc_info())
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _kill_of(client: object, workers: list[_Forked]) -> None:
+    """Kill the worker of a client that is gone."""
+    for worker in workers:
+        if worker.client is client:
+            os.kill(worker.pid, signal.SIGKILL)
+
+
+def _tell_end(worker: _Forked) -> bool:
+    """Return whether a worker has ended, after telling its client how."""
+    pid, status = os.waitpid(worker.pid, os.WNOHANG)
+    if pid == 0:
+        return False
+    with contextlib.suppress(OSError):  # the client was killed
+        worker.client.send(str(os.waitstatus_to_exitcode(status)).encode())
+    return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

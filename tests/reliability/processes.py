@@ -1,0 +1,137 @@
+"""Real services as child processes that can be killed, stopped and started again, and that never outlive this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+__all__ = ["Process", "poll_until"]
+
+POLL_SECONDS: Final = 0.05
+LOG_TAIL_BYTES: Final = 4000
+
+
+async def poll_until(done: Callable[[], Awaitable[bool]], *, seconds: float, what: str) -> float:
+    """Wait until something is so and return the seconds that took.
+
+    Raises:
+        AssertionError: It is not so in time.
+    """
+    started = time.monotonic()
+    while not await done():
+        if time.monotonic() - started > seconds:
+            raise AssertionError(f"after {seconds:g} s still not: {what}")
+        await asyncio.sleep(POLL_SECONDS)
+    return time.monotonic() - started
+
+
+@dataclass(slots=True)
+class Process:
+    """One service of the product at a fixed address."""
+
+    name: str
+    module: str
+    arguments: Sequence[str]
+    log_file: Path
+    address: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    launch_options: Sequence[str] = ()
+    """Further options of launch.py."""
+    starts: int = 0
+    """How often it was started."""
+    _child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Return the process id.
+
+        Raises:
+            AssertionError: It is not running.
+        """
+        assert self._child is not None and self._child.poll() is None, f"{self.name} does not run:\n{self.log_tail()}"
+        return self._child.pid
+
+    async def start(self, *, seconds: float = 120.0) -> float:
+        """Start it, wait until it serves, and return the seconds that took."""
+        self.launch()
+        return await self.wait_until_serving(seconds=seconds)
+
+    def launch(self) -> None:
+        """Start it without waiting."""
+        assert self._child is None or self._child.poll() is not None, f"{self.name} runs already"
+        self.starts += 1
+        command = [sys.executable, "-m", "tests.reliability.launch", "--parent-pid", str(os.getpid())]
+        command += ["--role", self.name, "--index", str(self.starts)]
+        command += self.launch_options
+        with self.log_file.open("ab") as log:
+            self._child = subprocess.Popen(
+                [*command, self.module, *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment},
+            )
+
+    async def wait_until_serving(self, *, seconds: float = 120.0) -> float:
+        """Wait until its health says that it serves, and return the seconds that took."""
+
+        async def serving() -> bool:
+            assert self.pid
+            return await is_serving(self.address)
+
+        return await poll_until(serving, seconds=seconds, what=f"{self.name} serves at {self.address}")
+
+    def kill(self) -> None:
+        """Kill -9, and wait for the end; nothing if it has ended."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+    def stop(self) -> None:
+        """Freeze it: connections stay, nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `stop`."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def alive(self) -> bool:
+        """Return whether it runs, frozen or not."""
+        return self._child is not None and self._child.poll() is None
+
+    def children(self) -> list[int]:
+        """Return the ids of its own children, ended ones that it has not noticed included."""
+        listed = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(word) for word in listed.read_text().split()]
+
+    def log_tail(self) -> str:
+        """Return the end of its log."""
+        if not self.log_file.exists():
+            return "(no log)"
+        return self.log_file.read_bytes()[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
+
+
+async def is_serving(address: str) -> bool:
+    """Return whether the service at an address says that it serves; of a socket's path whether it is there."""
+    if address.startswith("/"):
+        return Path(address).exists()
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)  # type: ignore[attr-defined]
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
