@@ -16,7 +16,7 @@ import tether_services
 from tether_services.recipes.config import DataConfig
 from tether_services.recipes.data.reading import read_documents
 from tether_services.recipes.scoring import score_all
-from tether_services.recipes.tokenizer import encode_document
+from tether_services.runtime.text import encode_document
 
 DEMO = Path(tether_services.__file__).parent / "demo"
 POLICY, REWARD = DEMO / "models" / "policy", DEMO / "models" / "reward"
@@ -108,7 +108,7 @@ def test_special_strings_in_text_are_not_the_end_token(tokenizer: Any) -> None:
 
 def test_the_reward_tells_glad_from_sad(reward: Any, tokenizer: Any) -> None:
     texts = [text for pair in GLAD_AND_SAD for text in pair]
-    rows = [encode_document(tokenizer, text, end=False) for text in texts]
+    rows = [encode_document(tokenizer, text, is_finished=False) for text in texts]
     glad, sad = score_all(reward, rows).view(-1, 2).unbind(1)
     assert int((glad > sad).sum()) >= len(GLAD_AND_SAD) - 1
     assert float((glad - sad).mean()) > 1.0
