@@ -32,6 +32,6 @@ cp "$scratch"/policy/*.json "$scratch"/policy/*.safetensors "$models/policy/"
   --set "lora.target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'embed_tokens']" \
   --set "data.sources=['$data/sentiment/sst-train.csv']" --set "data.validation_sources=['$data/sentiment/sst-dev.csv']" \
   --set "demonstrations.sources=['$data/text/tinystories-sample.txt']" --set demonstration_tokens=80 \
-  --set max_sentences=3 --set token_dropout=0.4 --set dropout=0.2 --set training.num_epochs=12 --set training.rows_per_step=8 \
+  --set max_sentences=3 --set token_dropout=0.5 --set dropout=0.3 --set training.num_epochs=6 --set training.rows_per_step=8 \
   --set training.learning_rate=0.002 --set training.eval_every=100 --set training.checkpoint_every=100
 cp "$scratch"/reward/{adapter_config,manifest,tether_reward}.json "$scratch/reward/adapter_model.safetensors" "$models/reward/"
