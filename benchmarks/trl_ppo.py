@@ -1,7 +1,7 @@
 """The demo's task in the PPO trainer of TRL 1.12.0, the last release that has one: score against KL, run by run.
 
     scripts/install_trl.sh                      # once: .venv-trl, 1.5 GB
-    .venv-trl/bin/python benchmarks/trl_ppo.py --seeds 0 1 2 --kl-coefs 0.4
+    .venv-trl/bin/python benchmarks/trl_ppo.py --seeds 0 1 2 --kl-coefs 0.1
 
 Policy, reference, reward model, prompts and settings are those of demo.toml; policy_evaluation.py judges. Nothing of
 tether is imported. A finished run in the output folder is shown and not run again. One takes two minutes on one thread.
@@ -141,7 +141,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.4])
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, default=24, help="PPO steps of 64 samples (default 24)")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping, as TRL has it (default 1)")
     parser.add_argument("--responses", type=int, default=8, help="answers per held-out prompt (default 8)")

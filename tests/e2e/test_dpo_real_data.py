@@ -43,7 +43,7 @@ def test_pairs_of_short_answers_are_learned_and_the_length_baseline_is_near_a_ha
         training=training,
     )
     metrics, report = manifest["metrics"], manifest["data_report"]
-    left_out = metrics["overlong_pairs"] + sum(report["dropped"].values())
+    left_out = metrics["overlong_records"] + sum(report["dropped"].values())
     assert metrics["train_pairs"] + metrics["validation_pairs"] + left_out == report["num_rows"] == 300
     assert metrics["accuracy"] > metrics["length_baseline"] + 0.1
     assert 0.4 < metrics["longer_wins"] < 0.65
@@ -68,7 +68,7 @@ def test_rankings_of_two_to_nine_answers_are_all_pairs_or_one_each(tmp_path: Pat
 def test_transcripts_are_read_and_long_ones_dropped_and_counted(tmp_path: Path) -> None:
     manifest = trained(tmp_path, "preference/hh-helpful-base.jsonl.gz", data={"max_rows": 150})
     metrics, report = manifest["metrics"], manifest["data_report"]
-    assert metrics["overlong_pairs"] > 0
-    assert metrics["train_pairs"] + metrics["validation_pairs"] + metrics["overlong_pairs"] == (
+    assert metrics["overlong_records"] > 0
+    assert metrics["train_pairs"] + metrics["validation_pairs"] + metrics["overlong_records"] == (
         report["num_train"] + report["num_validation"]
     )

@@ -38,7 +38,7 @@ def test_real_demonstrations_are_learned_and_every_row_is_accounted_for(name: st
     run_sft(SftConfig.model_validate(values))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     metrics, report = manifest["metrics"], manifest["data_report"]
-    left_out = sum(report["dropped"].values()) + sum(report["malformed"].values()) + metrics["overlong_rows"]
+    left_out = sum(report["dropped"].values()) + sum(report["malformed"].values()) + metrics["overlong_records"]
     assert metrics["train_rows"] + metrics["validation_rows"] + left_out == report["num_rows"] == FILES[name]
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -123,7 +123,7 @@ CASES = (
         lambda inputs, output: reward_config(
             inputs,
             output,
-            lora={"rank": 4, "alpha": 8, "dropout": 0.2},
+            lora={"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": ["o_proj", "embed_tokens"]},
             training={"eval_every": 3, "checkpoint_every": 2},
         ),
     ),

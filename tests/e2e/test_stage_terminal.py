@@ -13,8 +13,8 @@ import tomli_w
 
 from tests.unit.stage_inputs import sft_config, write_demonstrations
 
-LINE = re.compile(r"^sft(: token ids)? +[^ ]+ +(\d+)/\2 .*$")
-"""The line of a piece of work that came to its end, as it is left on a stream that is no terminal."""
+LINE = re.compile(r"^sft(: token ids)? (\d+)/\2  (loss .*)?\d:\d\d:\d\d elapsed, 0:00:00 left$")
+"""The line of a piece of work that came to its end, on a stream that is no terminal."""
 
 
 def run_command(tmp_path: Path, *arguments: str, **changes: Any) -> tuple[list[str], list[str]]:

@@ -74,6 +74,9 @@ class Runs(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         resumed = orchestrator_pb2.Run(run_id="a", state=orchestrator_pb2.RUN_STATE_RUNNING, committed_step_count=2)
         return orchestrator_pb2.ResumeRunResponse(run=resumed)
 
+    async def ListSteps(self, request: orchestrator_pb2.ListStepsRequest, context: Any) -> Any:
+        return orchestrator_pb2.ListStepsResponse(steps=[orchestrator_pb2.StepState(step=request.first_step)])
+
     async def WatchRun(
         self, request: orchestrator_pb2.WatchRunRequest, context: Any
     ) -> AsyncIterator[orchestrator_pb2.WatchRunResponse]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tether.errors import InvalidArgumentError, NotFoundError
-from tether_services.runtime.content_hash import hash_file, hash_model_folder
+from tether_services.runtime.content_hash import hash_file, hash_model_folder, hash_tokenizer
 
 CONTENT = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two"}
 
@@ -61,3 +61,19 @@ def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
         hash_file(tmp_path / "absent")
     with pytest.raises(NotFoundError):
         hash_file(tmp_path)
+
+
+TOKENIZER = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{1}", "vocab.txt": b"a", "spiece.model": b"\x00"}
+
+
+def test_the_hash_of_a_tokenizer_covers_its_files_alone(tmp_path: Path) -> None:
+    lines = "".join(f"{name} {hashlib.sha256(TOKENIZER[name]).hexdigest()}\n" for name in sorted(TOKENIZER))
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert hash_tokenizer(write(tmp_path / "a", TOKENIZER)) == expected
+    assert hash_tokenizer(write(tmp_path / "b", CONTENT | TOKENIZER | {"README.md": b"x"})) == expected
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "added_tokens.json", "chat_template.jinja"])
+def test_any_file_of_a_tokenizer_changes_its_hash(name: str, tmp_path: Path) -> None:
+    before = hash_tokenizer(write(tmp_path / "a", TOKENIZER))
+    assert hash_tokenizer(write(tmp_path / "b", TOKENIZER | {name: b"other"})) != before

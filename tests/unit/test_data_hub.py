@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.data_inputs import data_config, pair, write_rows
 from tether.errors import InvalidArgumentError
-from tether_services.recipes.data.hub import DataSetName, parse_name
+from tether_services.recipes.data.hub import UNKNOWN_REVISION, DataSetName, find_revision, parse_name
 from tether_services.recipes.data.reading import read_parts, read_rankings
 from tether_services.recipes.data.records import Ranking
 
@@ -100,6 +101,51 @@ def test_a_broken_file_of_a_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
     with pytest.raises(InvalidArgumentError, match=r"cannot read the data set .*rows\.parquet"):
         read_rankings(data_config(str(tmp_path / "rows.parquet")))
+
+
+def test_the_revision_of_a_data_set_is_the_commit_that_the_library_reads(tmp_path: Path) -> None:
+    from datasets.packaged_modules.json.json import Json
+
+    source, asked = write_rows(tmp_path / "train.jsonl", [pair(1)]), []
+
+    def load(path: str, config: str | None) -> Any:
+        asked.append((path, config))
+        return Json(hash="0123456789" * 4, data_files=source)
+
+    assert find_revision("org/name/helpful:test", load=load) == "0123456789" * 4
+    assert asked == [("org/name", "helpful")]
+
+
+def test_a_revision_that_is_no_commit_is_unknown(tmp_path: Path) -> None:
+    from datasets import load_dataset_builder
+
+    write_rows(tmp_path / "train.jsonl", [pair(1)])
+    local = load_dataset_builder(str(tmp_path))
+    assert local.hash, "of the library itself, for what is not on a hub"
+    assert find_revision("org/name", load=lambda path, config: local) == UNKNOWN_REVISION
+    assert find_revision("no name at all", load=lambda path, config: local) == UNKNOWN_REVISION
+
+
+def test_a_hub_that_cannot_be_asked_leaves_the_revision_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_revision("org/absent") == UNKNOWN_REVISION
+
+
+def test_a_hub_is_asked_once_so_that_one_revision_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets.packaged_modules.json.json import Json
+
+    source, asked = write_rows(tmp_path / "train.jsonl", [pair(n) for n in range(40)]), []
+
+    def load(path: str, config: str | None) -> Any:
+        asked.append(path)
+        return Json(hash=f"{len(asked):040}", data_files={"train": [source]})
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load)
+    assert find_revision("org/asked-once") == f"{1:040}"
+    for _ in range(2):
+        assert len(read_parts(data_config("org/asked-once"), kind=None)[0].records) == 40
+    assert asked == ["org/asked-once"]
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,11 @@ def test_longer_wins_over_all_pairs_on_different_levels_and_equal_lengths_count_
         [
             ranking(("aaa", "bb", "c"), (2.0, 1.0, 1.0)),  # both pairs won by the longer, the tie is no pair
             ranking(("a", "bb"), (1.0, 0.0)),  # lost
-            ranking(("aa", "bb"), (0.0, 1.0)),  # half
+            ranking(("aa", "bb"), (0.0, 1.0)),  # half, and both are the longest
             ranking(("aa", "b"), (0.5, 0.5)),  # scores without an order say nothing about length
         ]
     )
-    assert found == LengthPreference(num_pairs=4, longer_wins=2.5 / 4, longest_is_best=1 / 3)
+    assert found == LengthPreference(num_pairs=4, longer_wins=2.5 / 4, longest_is_best=1.5 / 3)
     assert length_preference([]) is None
 
 

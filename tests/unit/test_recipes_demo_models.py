@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tether_services
 from tether_services.recipes.config import DataConfig
-from tether_services.recipes.data.reading import read_documents
+from tether_services.recipes.data.reading import read_all_documents
 from tether_services.recipes.scoring import score_all
-from tether_services.recipes.tokenizer import encode_document
+from tether_services.runtime.text import encode_document
 
 DEMO = Path(tether_services.__file__).parent / "demo"
 POLICY, REWARD = DEMO / "models" / "policy", DEMO / "models" / "reward"
@@ -65,10 +65,13 @@ def test_a_packaged_model_is_safetensors_and_text_only(folder: Path) -> None:
 
 
 def test_the_card_states_the_figures_of_the_manifest() -> None:
-    for folder, names in ((POLICY, ["held_out_nats_per_token"]), (REWARD, ["validation_pair_accuracy", "bias"])):
-        card = (folder / "README.md").read_text(encoding="ascii")
-        metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
-        assert [name for name in names if f"{metrics[name]:.3f}" not in card] == []
+    policy, reward = (json.loads((folder / "manifest.json").read_text())["metrics"] for folder in (POLICY, REWARD))
+    policy_card, reward_card = ((folder / "README.md").read_text(encoding="ascii") for folder in (POLICY, REWARD))
+    for name in ("held_out_nats_per_token", "held_out_nats_per_byte"):
+        assert f"{policy[name]:.3f}" in policy_card
+    assert f"{policy['parameter_count']:,}" in policy_card
+    for value in (reward["evaluation"]["overall"]["accuracy"], *(reward["normalisation"][n] for n in ("gain", "bias"))):
+        assert f"{value:.3f}" in reward_card
 
 
 def test_the_reward_model_belongs_to_the_packaged_policy(reward: Any, tokenizer: Any) -> None:
@@ -76,9 +79,10 @@ def test_the_reward_model_belongs_to_the_packaged_policy(reward: Any, tokenizer:
     assert (REWARD / named["base"]).resolve() == POLICY.resolve()
     if not TEXT.is_dir():
         pytest.skip("the demonstrations (../shared/data/text) are not beside this checkout")
-    stories = DataConfig(sources=(str(TEXT / "tinystories-sample.txt"),), validation_fraction=0.05)
-    rows = [encode_document(tokenizer, story.text)[:80] for story in read_documents(stories).validation]
-    assert float(score_all(reward, rows).mean()) == pytest.approx(named["bias"], abs=1e-3)
+    stories = read_all_documents(DataConfig(sources=(str(TEXT / "tinystories-sample.txt"),)))
+    scores = score_all(reward, [encode_document(tokenizer, story.text)[:80] for story in stories])
+    assert float(scores.mean()) == pytest.approx(named["bias"], abs=1e-3)
+    assert float(scores.std(correction=0)) == pytest.approx(1 / named["gain"], abs=1e-3)
 
 
 def test_the_policy_runs_on_serving_engines() -> None:
@@ -108,7 +112,7 @@ def test_special_strings_in_text_are_not_the_end_token(tokenizer: Any) -> None:
 
 def test_the_reward_tells_glad_from_sad(reward: Any, tokenizer: Any) -> None:
     texts = [text for pair in GLAD_AND_SAD for text in pair]
-    rows = [encode_document(tokenizer, text, end=False) for text in texts]
+    rows = [encode_document(tokenizer, text, is_finished=False) for text in texts]
     glad, sad = score_all(reward, rows).view(-1, 2).unbind(1)
     assert int((glad > sad).sum()) >= len(GLAD_AND_SAD) - 1
     assert float((glad - sad).mean()) > 1.0

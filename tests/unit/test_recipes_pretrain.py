@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.unit.interruption import ctrl_c_when
 from tests.unit.recipe_inputs import pretrain_config, write_stories
-from tether.errors import InvalidArgumentError
+from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.recipes.config import PretrainConfig
 from tether_services.recipes.data.reading import read_documents
 from tether_services.recipes.dropout import residual_dropout
 from tether_services.recipes.pretrain import held_out_loss, llama_config, run_pretrain
 from tether_services.recipes.stage import Mode
-from tether_services.recipes.tokenizer import encode_document, train_tokenizer
+from tether_services.recipes.tokenizer import train_tokenizer
+from tether_services.runtime.text import encode_document
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +170,16 @@ def count_parameters(config: PretrainConfig) -> int:
 
 
 def test_a_tokenizer_can_be_used_again(folder: Path, tmp_path: Path) -> None:
-    output = run_pretrain(pretrain_config(tmp_path, training={"max_steps": 2}, tokenizer=folder))
+    reused = tmp_path / "reused"
+    reused.mkdir()
+    for path in folder.glob("tokenizer*.json"):
+        shutil.copy(path, reused)
+    config = pretrain_config(tmp_path, training={"max_steps": 2}, tokenizer=reused)
+    output = run_pretrain(config)
     assert (output / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    (reused / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FailedPreconditionError, match="tokenizer_sha256"):
+        run_pretrain(config, Mode(resume=True))
 
 
 def test_products_can_be_taken_in_bfloat16_and_the_weights_stay_float32(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tether.errors import InvalidArgumentError
-from tether_services.recipes.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from tether_services.recipes.tokenizer import load_tokenizer, train_tokenizer
+from tether_services.runtime.text import encode_document
 
 TEXT = [f"Once there was a little {animal} who liked the big {thing}." for animal in ["cat", "dog", "fox"]
         for thing in ["tree", "pond", "house"]]  # fmt: skip
@@ -27,7 +28,7 @@ def test_the_special_tokens_are_three_distinct_ids(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_any_text_survives_encoding_and_decoding(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(encode_document(tokenizer, text, end=False)[1:]) == text
+    assert tokenizer.decode(encode_document(tokenizer, text, is_finished=False)[1:]) == text
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -43,7 +44,7 @@ def test_a_plain_call_puts_the_start_token_in_front_and_guards_special_strings(t
 
 def test_a_document_ends_with_the_end_token_only_when_asked(tokenizer: Any) -> None:
     assert encode_document(tokenizer, "a cat")[-1] == tokenizer.eos_token_id
-    assert encode_document(tokenizer, "a cat", end=False) == encode_document(tokenizer, "a cat")[:-1]
+    assert encode_document(tokenizer, "a cat", is_finished=False) == encode_document(tokenizer, "a cat")[:-1]
 
 
 def test_a_stored_tokenizer_encodes_the_same_and_keeps_the_guard(tokenizer: Any, tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_stored_tokenizer_encodes_the_same_and_keeps_the_guard(tokenizer: Any,
 
 
 def test_merges_make_frequent_words_short(tokenizer: Any) -> None:
-    assert len(encode_document(tokenizer, TEXT[0], end=False)) < len(TEXT[0]) / 2
+    assert len(encode_document(tokenizer, TEXT[0], is_finished=False)) < len(TEXT[0]) / 2
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -66,7 +67,7 @@ def test_a_tokenizer_blind_to_case_has_one_spelling_of_a_word(text: str, tmp_pat
     first, *others = [encode_document(stored, found) for found in ("Little", "little", " LITTLE")]
     assert others == [first, first]
     assert len(first) < len("little") + 2, "merges are learned from the lower-case text"
-    assert stored.decode(encode_document(stored, text, end=False)[1:]).lstrip(" ") == text.lower().lstrip(" ")
+    assert stored.decode(encode_document(stored, text, is_finished=False)[1:]).lstrip(" ") == text.lower().lstrip(" ")
 
 
 def test_too_little_text_for_the_vocabulary_names_the_field() -> None:

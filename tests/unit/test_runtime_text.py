@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tether.errors import InvalidArgumentError
-from tether_services.runtime.text import HfCodec, Message, check_message_count
+from tether_services.recipes.data.rendering import Renderer
+from tether_services.recipes.tokenizer import train_tokenizer
+from tether_services.runtime.text import HfCodec, Message, check_message_count, encode_document
 
 PACKAGED_POLICY = Path(__file__).parents[2] / "services/tether_services/demo/models/policy"
 TEMPLATE = (
@@ -100,3 +102,35 @@ def test_a_conversation_has_a_bounded_number_of_turns() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         check_message_count(1025, field="messages")
     assert caught.value.violations[0].field == "messages"
+
+
+DOCUMENTS = ["The cat sat.", "Once </s>", "<s>Once", "\n\n two  lines\n", "caf\u00e9"]
+
+
+@pytest.mark.parametrize("text", DOCUMENTS)
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_a_document_is_the_same_tokens_wherever_it_is_read(text: str, lowercase: bool, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(DOCUMENTS, vocab_size=264, max_length=64, lowercase=lowercase)
+    tokenizer.save_pretrained(tmp_path)
+    whole = encode_document(tokenizer, text)
+    assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id}.isdisjoint(whole[1:-1])
+    assert whole == HfCodec(tmp_path).encode_document(text)
+    assert whole == Renderer(tokenizer).document_ids(text)
+    assert whole[:-1] == encode_document(tokenizer, text, is_finished=False) == Renderer(tokenizer).prompt_ids(text)
+
+
+def test_a_document_begins_and_ends_as_the_tokenizer_does_it() -> None:
+    from tokenizers import processors
+
+    tokenizer = train_tokenizer(DOCUMENTS, vocab_size=264, max_length=64)
+    whole = encode_document(tokenizer, "cat")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert encode_document(tokenizer, "cat") == whole, "an end of its own is not doubled"
+    assert encode_document(tokenizer, "cat", is_finished=False) == whole[:-1]
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert encode_document(tokenizer, "cat") == whole[1:], "no start where the tokenizer puts none"
+    tokenizer.eos_token = None
+    assert encode_document(tokenizer, "cat") == whole[1:-1], "no end where the tokenizer has none"

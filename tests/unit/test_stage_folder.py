@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from tests.unit.run_inputs import fields_of
 from tests.unit.stage_inputs import sft_config, write_base, write_demonstrations
 from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether_services.recipes.artifact import describe_beginning, describe_sources
 from tether_services.recipes.config import SftConfig
+from tether_services.recipes.data.hub import UNKNOWN_REVISION
 from tether_services.recipes.stage import Mode, open_stage
 
 RESUME = Mode(resume=True)
@@ -26,7 +29,7 @@ def begin(config: SftConfig) -> None:
 
 def finish(config: SftConfig) -> None:
     with open_stage("sft", config, Mode()) as stage:
-        stage.finish(parent=Path(config.base), metrics={"loss": 1.0}, data={})
+        stage.finish(metrics={"loss": 1.0}, data={})
 
 
 def go_on(config: SftConfig, mode: Mode = RESUME, *, name: str = "sft") -> bool:
@@ -101,6 +104,59 @@ def test_other_data_a_changed_base_and_another_stage_are_refused(prepare: Any, t
     settings.write_text(settings.read_text() + " ")
     with pytest.raises(FailedPreconditionError, match=r"\(parent\.sha256\)"):
         go_on(config)
+
+
+@pytest.mark.parametrize("prepare", [begin, finish])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_changed_tokenizer_beside_the_same_weights_is_refused(prepare: Any, name: str, tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out")
+    prepare(config)
+    path = tmp_path / "base" / name
+    path.write_text((path.read_text() if path.exists() else "") + " ")
+    with pytest.raises(FailedPreconditionError, match=r"\(parent\.tokenizer_sha256\)"):
+        go_on(config)
+
+
+def test_the_manifest_states_data_and_base_as_they_were_at_the_start(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, tmp_path / "out")
+    before = describe_beginning("sft", config, parent=Path(config.base))
+    with open_stage("sft", config, Mode()) as stage:
+        write_demonstrations(tmp_path / "demonstrations.jsonl", count=3)
+        (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
+        stage.finish(metrics={}, data={})
+    manifest = json.loads((config.output / "manifest.json").read_text())
+    assert {name: manifest[name] for name in before} == json.loads(json.dumps(before))
+    assert describe_beginning("sft", config, parent=Path(config.base)) != before
+
+
+@pytest.mark.parametrize(("at_first", "later"), [("a" * 40, "b" * 40), (UNKNOWN_REVISION, "b" * 40)])
+def test_a_data_set_that_changed_on_its_hub_is_refused(
+    at_first: str, later: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sft_config(tmp_path, tmp_path / "out", data={"sources": ["org/set"]})
+    answer_with_revision(monkeypatch, at_first)
+    begin(config)
+    answer_with_revision(monkeypatch, later)
+    with pytest.raises(FailedPreconditionError, match=r"\(data\)"):
+        go_on(config)
+
+
+def test_a_finished_stage_stays_finished_where_its_hub_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sft_config(tmp_path, tmp_path / "out", data={"sources": ["org/set"]})
+    answer_with_revision(monkeypatch, "a" * 40)
+    finish(config)
+    answer_with_revision(monkeypatch, UNKNOWN_REVISION)
+    assert go_on(config)
+    entry = json.loads((config.output / "manifest.json").read_text())["data"]
+    assert entry == [{"name": "org/set", "revision": "a" * 40}]
+
+
+def answer_with_revision(monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    """Let hub data sets have a revision without a hub."""
+    described = partial(describe_sources, revision_of=lambda name: revision)
+    monkeypatch.setattr("tether_services.recipes.artifact.describe_sources", described)
 
 
 def test_the_folder_may_move_with_what_is_beside_it(tmp_path: Path) -> None:

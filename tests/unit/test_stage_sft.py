@@ -114,7 +114,7 @@ def test_only_the_answer_and_its_end_are_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("overlong", "num_kept"), [("drop", 1), ("truncate", 2)])
-def test_overlong_rows_are_counted_and_dropped_or_cut(overlong: str, num_kept: int, tmp_path: Path) -> None:
+def test_overlong_records_are_counted_and_dropped_or_cut(overlong: str, num_kept: int, tmp_path: Path) -> None:
     config = sft_config(tmp_path, tmp_path / "out", max_tokens=32, overlong=overlong)
     renderer = Renderer(load_tokenizer(Path(config.base)))
     items = [Demonstration("Say it.", "fox " * count, Place("made", count)) for count in (2, 90)]
@@ -129,7 +129,7 @@ def test_the_manifest_states_rows_tokens_and_the_validation_loss(tmp_path: Path)
     config = run(tmp_path, max_tokens=64, overlong="drop")
     manifest = json.loads((config.output / "manifest.json").read_text())
     metrics, report = manifest["metrics"], manifest["data_report"]
-    assert metrics["train_rows"] + metrics["validation_rows"] + metrics["overlong_rows"] == report["num_rows"] == 90
+    assert metrics["train_rows"] + metrics["validation_rows"] + metrics["overlong_records"] == report["num_rows"] == 90
     last = json.loads((config.output / "history.jsonl").read_text().splitlines()[-1])
     assert metrics["loss"] == last["eval_loss"] > 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,21 @@ from safetensors.torch import save_file
 
 import tether_services
 from tether_services.recipes.config import DataConfig, StageConfig
-from tether_services.runtime.content_hash import hash_file, hash_model_folder
+from tether_services.recipes.data.hub import find_revision
+from tether_services.recipes.data.rows import is_file_name
+from tether_services.runtime.content_hash import hash_file, hash_model_folder, hash_tokenizer
 from tether_services.runtime.durable import write_text
 from tether_services.runtime.model_folder import is_hub_name
 
-__all__ = ["MANIFEST_NAME", "describe_parent", "describe_sources", "relative_base", "write_adapter", "write_manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "describe_beginning",
+    "describe_parent",
+    "describe_sources",
+    "relative_base",
+    "write_adapter",
+    "write_manifest",
+]
 
 MANIFEST_NAME = "manifest.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "trl", "datasets", "safetensors")
@@ -29,34 +39,49 @@ UNORDERED = ("target_modules", "modules_to_save")
 """Entries of an adapter's configuration that the library keeps as sets."""
 
 
-def write_manifest(
-    stage: str, config: StageConfig, *, parent: Path | None, metrics: Mapping[str, Any], **more: object
-) -> Path:
-    """Write the manifest into the output folder, let every user read the folder's files, and return its path.
+def describe_beginning(stage: str, config: StageConfig, *, parent: Path | None) -> dict[str, Any]:
+    """Return what a stage starts from, JSON: its name, its settings, and data and model by their content.
 
     Paths are reduced to their last part: the manifest travels with the weights and says nothing about the machine.
 
     Args:
         stage: Name of the stage.
         config: Its settings.
-        parent: Folder of the model that it started from; None where it started from nothing.
+        parent: Folder of the model that it starts from; None where it starts from nothing.
+
+    Raises:
+        InvalidArgumentError: The parent is no model folder.
+    """
+    reused = getattr(config, "tokenizer", None)
+    return {
+        "stage": stage,
+        "config": portable(config),
+        "parent": None if parent is None else describe_parent(parent),
+        "data": describe_sources(config),
+        **({"tokenizer_sha256": hash_tokenizer(reused)} if reused else {}),
+    }
+
+
+def write_manifest(folder: Path, beginning: Mapping[str, Any], *, metrics: Mapping[str, Any], **more: object) -> Path:
+    """Write the manifest into a stage's folder, let every user read the folder's files, and return its path.
+
+    Args:
+        folder: The stage's output.
+        beginning: See `describe_beginning`; as it was before the first step, whatever became of the files since.
         metrics: Figures, JSON.
         more: Further entries, JSON.
     """
     content = {
-        "stage": stage,
+        **beginning,
         "tether_version": installed_version("tether"),
         "git_revision": git_revision(),
         "library_versions": {name: installed_version(name) for name in LIBRARIES},
-        "config": portable(config),
-        "parent": None if parent is None else describe_parent(parent),
-        "data": describe_sources(config),
         "metrics": dict(metrics),
         **more,
     }
-    path = config.output / MANIFEST_NAME
+    path = folder / MANIFEST_NAME
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    for file in config.output.rglob("*"):
+    for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(file.stat().st_mode | 0o444)  # the weights library writes them for the owner alone
     return path
@@ -85,11 +110,13 @@ def relative_base(base: str, folder: Path) -> str:
     """Return how a file in `folder` names the base: a hub name as it is, else the relative path.
 
     Both folders can then be moved together. The path tells as much of this machine as lies between the two: put them
-    beside each other.
+    beside each other. Two folders that share nothing but the root are not moved together: the path is absolute then.
     """
     if is_hub_name(base):
         return base
-    return Path(os.path.relpath(Path(base).expanduser().resolve(), folder.resolve())).as_posix()
+    there, here = Path(base).expanduser().resolve(), folder.resolve()
+    is_far = os.path.commonpath((there, here)) == here.anchor
+    return there.as_posix() if is_far else Path(os.path.relpath(there, here)).as_posix()
 
 
 def installed_version(package: str) -> str:
@@ -112,26 +139,37 @@ def git_revision() -> str:
 
 
 def describe_parent(folder: Path) -> dict[str, Any]:
-    """Return name, stage and content hash of the model that a stage started from."""
+    """Return name, stage and content hashes, of the weights and of the tokenizer, of the model a stage starts from."""
     manifest = folder / MANIFEST_NAME
     stage = json.loads(manifest.read_text(encoding="utf-8")).get("stage") if manifest.is_file() else None
-    return {"name": folder.name, "stage": stage, "sha256": hash_model_folder(folder)}
+    return {
+        "name": folder.name,
+        "stage": stage,
+        "sha256": hash_model_folder(folder),
+        "tokenizer_sha256": hash_tokenizer(folder),
+    }
 
 
-def describe_sources(config: StageConfig) -> list[dict[str, Any]]:
-    """Return name, size and content hash of every file that the settings name as data, each once."""
+def describe_sources(config: StageConfig, *, revision_of: Callable[[str], str] = find_revision) -> list[dict[str, Any]]:
+    """Return what the settings name as data, each once: files with size and content hash, data sets with revision.
+
+    Args:
+        config: The stage.
+        revision_of: Returns the revision of a hub data set.
+    """
     parts = [value for _, value in config if isinstance(value, DataConfig)]
     names = dict.fromkeys(name for part in parts for name in (*part.sources, *part.validation_sources))
-    return [entry for name in names for entry in _describe_source(name)]
+    return [entry for name in names for entry in _describe_source(name, revision_of)]
 
 
-def _describe_source(name: str) -> Sequence[dict[str, Any]]:
+def _describe_source(name: str, revision_of: Callable[[str], str]) -> Sequence[dict[str, Any]]:
     path = _local(name)
     if path.is_file():
         return [{"name": path.name, "sha256": hash_file(path), "size_bytes": path.stat().st_size}]
     if path.is_dir():
-        return [entry for file in sorted(path.rglob("*")) if file.is_file() for entry in _describe_source(str(file))]
-    return [{"name": name}]
+        files = (str(file) for file in sorted(path.rglob("*")) if file.is_file())
+        return [entry for file in files for entry in _describe_source(file, revision_of)]
+    return [{"name": name} if is_file_name(name) else {"name": name, "revision": revision_of(name)}]
 
 
 def _local(name: str) -> Path:

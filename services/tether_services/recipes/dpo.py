@@ -108,7 +108,7 @@ def _run(stage: Stage, config: DpoConfig) -> Path:
     _write(trainer.model, tokenizer, config, end_ids={pair.chosen_ids[-1] for pair in train.pairs})
     figures = _measure(trainer, validation.pairs, reference, beta=config.beta)
     metrics = {"loss": metrics["loss"], **figures, **_counts(train, validation)}
-    return stage.finish(parent=folder, metrics=metrics, data=data.report.as_dict())
+    return stage.finish(metrics=metrics, data=data.report.as_dict())
 
 
 def _encode(data: DataSet[Ranking], renderer: Renderer, config: DpoConfig) -> tuple[Pairs, Pairs]:
@@ -194,7 +194,7 @@ def _counts(train: Pairs, validation: Pairs) -> dict[str, int]:
         "train_pairs": len(train.pairs),
         "validation_pairs": len(validation.pairs),
         "train_tokens": train.num_tokens,
-        "overlong_pairs": train.num_overlong + validation.num_overlong,
+        "overlong_records": train.num_overlong + validation.num_overlong,
         "alike_pairs": train.num_alike + validation.num_alike,
         "only_ties": train.num_only_ties + validation.num_only_ties,
     }

@@ -50,7 +50,7 @@ class Pairs:
 
     pairs: list[TokenPair]
     num_overlong: int
-    """Pairs left out or cut because one of the two was longer than `max_tokens`."""
+    """Pairs, which are the records here, left out or cut because one of the two was longer than `max_tokens`."""
     num_alike: int
     """Pairs left out because nothing tells the two apart, for example once both are cut."""
     num_only_ties: int

@@ -23,8 +23,9 @@ from tether_services.recipes.estimate import estimate, show_estimate
 from tether_services.recipes.muon import MuonWithAdamW
 from tether_services.recipes.progress import tracked
 from tether_services.recipes.stage import Mode, Stage, open_stage
-from tether_services.recipes.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from tether_services.recipes.tokenizer import load_tokenizer, train_tokenizer
 from tether_services.runtime.model_folder import pick_device
+from tether_services.runtime.text import encode_document
 
 __all__ = ["HeldOutLoss", "held_out_loss", "llama_config", "run_pretrain"]
 
@@ -87,7 +88,7 @@ def _run(stage: Stage, config: PretrainConfig) -> Path:
         "held_out_document_count": len(held_out),
         **{f"held_out_{name}": round(value, 4) for name, value in asdict(final).items()},
     }
-    return stage.finish(parent=None, metrics=metrics, data=data.report.as_dict())
+    return stage.finish(metrics=metrics, data=data.report.as_dict())
 
 
 def _tokenizer(config: PretrainConfig, documents: Sequence[Document]) -> Any:

@@ -15,6 +15,7 @@ from trl import RewardConfig
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.base_model import base_folder, load_tokenizer
 from tether_services.recipes.config import DataConfig, RewardModelConfig
+from tether_services.recipes.data.inspection import length_preference
 from tether_services.recipes.data.reading import (
     DataReport,
     read_all_demonstrations,
@@ -23,12 +24,12 @@ from tether_services.recipes.data.reading import (
     read_parts,
     read_rankings,
 )
-from tether_services.recipes.data.records import Document, LabelledText, Ranking
+from tether_services.recipes.data.records import Document, LabelledText
 from tether_services.recipes.data.rendering import Renderer, fit
 from tether_services.recipes.data.shapes import SHAPES, Record
 from tether_services.recipes.dropout import residual_dropout
 from tether_services.recipes.estimate import estimate, show_estimate
-from tether_services.recipes.ranking_metrics import Evaluation, Judged, evaluate_rankings, pairs_of, win_share
+from tether_services.recipes.ranking_metrics import Evaluation, Judged, evaluate_rankings
 from tether_services.recipes.ranking_trainer import RankingTrainer
 from tether_services.recipes.rankings import RankingRows, encode_rankings, labelled_pools, labelled_rankings
 from tether_services.recipes.reward_report import draw_calibration, evaluation_page
@@ -99,9 +100,7 @@ def _run(stage: Stage, config: RewardModelConfig) -> Path:
     write_text(config.output / "evaluation.md", evaluation_page(evaluation, longer_wins=material.longer_wins))
     draw_calibration(evaluation.bins, title="calibration", path=config.output / "plots" / "calibration.svg")
     figures = {"normalisation": asdict(normalisation), "evaluation": evaluation.as_dict()}
-    return stage.finish(
-        parent=folder, metrics={**metrics, **figures, **_counts(material)}, data=material.report.as_dict()
-    )
+    return stage.finish(metrics={**metrics, **figures, **_counts(material)}, data=material.report.as_dict())
 
 
 def _one_pass(config: RewardModelConfig) -> RewardModelConfig:
@@ -153,8 +152,9 @@ def _ranking_material(config: RewardModelConfig, renderer: Renderer) -> Material
     train, validation = (encode_rankings(part, renderer, config) for part in (data.train, data.validation))
     _check_left(train, validation)
     best = FittedTexts([row["answer_ids"][int(np.argmax(row["levels"]))] for row in train.rows])
-    longer = win_share(pairs_of([_without_scores(item) for item in (*data.train, *data.validation)]).length_leads)
-    return Material(train, validation, _demonstrations(config, renderer, best), False, longer, data.report)
+    length = length_preference((*data.train, *data.validation))
+    longer_wins = length.longer_wins if length else None
+    return Material(train, validation, _demonstrations(config, renderer, best), False, longer_wins, data.report)
 
 
 def _check_left(train: RankingRows, validation: RankingRows) -> None:
@@ -163,11 +163,6 @@ def _check_left(train: RankingRows, validation: RankingRows) -> None:
     if not train.rows or not num_telling:
         message = f"{len(train.rows)} rankings to train on and {num_telling} to measure on are left"
         raise InvalidArgumentError(f"{message}; raise max_tokens or give more data", field="data.sources")
-
-
-def _without_scores(item: Ranking) -> Judged:
-    lengths = np.array([len(answer) for answer in item.answers], dtype=float)
-    return Judged(np.zeros(len(lengths)), np.array(item.levels, dtype=float), lengths)
 
 
 def _labelled_material(config: RewardModelConfig, renderer: Renderer) -> Material:

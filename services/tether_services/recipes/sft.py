@@ -89,9 +89,9 @@ def _run(stage: Stage, config: SftConfig) -> Path:
         "train_sequences": len(trainer.train_dataset),
         "validation_rows": len(validation.rows),
         "train_tokens": train.num_tokens,
-        "overlong_rows": train.num_overlong + validation.num_overlong,
+        "overlong_records": train.num_overlong + validation.num_overlong,
     }
-    return stage.finish(parent=folder, metrics={**metrics, **counts}, data=data.report.as_dict())
+    return stage.finish(metrics={**metrics, **counts}, data=data.report.as_dict())
 
 
 def encode_demonstrations(items: Sequence[Demonstration], renderer: Renderer, config: SftConfig) -> Rows:

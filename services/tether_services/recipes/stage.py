@@ -18,9 +18,10 @@ import torch
 from transformers import Trainer, set_seed
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError
-from tether_services.recipes.artifact import MANIFEST_NAME, describe_parent, describe_sources, portable, write_manifest
+from tether_services.recipes.artifact import MANIFEST_NAME, describe_beginning, portable, write_manifest
 from tether_services.recipes.checkpoints import latest_checkpoint
 from tether_services.recipes.config import FineTuneConfig, StageConfig
+from tether_services.recipes.data.hub import UNKNOWN_REVISION
 from tether_services.recipes.plots import draw_history
 from tether_services.recipes.quiet import quiet_libraries
 from tether_services.recipes.training import check_trackers, train, train_in_float32, trainer_arguments
@@ -30,6 +31,8 @@ from tether_services.runtime.model_folder import find_model_folder
 __all__ = ["Mode", "Stage", "open_stage"]
 
 HISTORY_NAME = "history.jsonl"
+STATE_NAME = "stage.json"
+"""Beside the checkpoints: what the stage started from; see `describe_beginning`."""
 TIMES = ("runtime", "per_second", "total_flos", "train_loss")
 """Figures of the trainer that a resumed run cannot repeat are left out of the history."""
 
@@ -88,12 +91,19 @@ class Stage:
         kept = next(row for row in measured if row["step"] == kept_step)
         return {name.removeprefix("eval_"): value for name, value in kept.items() if name.startswith("eval_")}
 
-    def finish(self, *, parent: Path | None, metrics: Mapping[str, Any], data: Mapping[str, Any]) -> Path:
-        """Write the manifest, which makes the artifact complete, remove the checkpoints, and return the folder."""
+    def finish(self, *, metrics: Mapping[str, Any], data: Mapping[str, Any]) -> Path:
+        """Write the manifest, which makes the artifact complete, remove the checkpoints, and return the folder.
+
+        The manifest states data and base as they were when the stage began.
+
+        Args:
+            metrics: Figures, JSON.
+            data: Report of what was read, JSON.
+        """
+        beginning = json.loads((self.work / STATE_NAME).read_text(encoding="utf-8"))
         seconds = round(time.monotonic() - self.started, 1)
-        write_manifest(
-            self.name, self.config, parent=parent, metrics=metrics, data_report=portable(data), wall_seconds=seconds
-        )
+        report = portable(data)
+        write_manifest(self.config.output, beginning, metrics=metrics, data_report=report, wall_seconds=seconds)
         shutil.rmtree(self.work)
         return self.config.output
 
@@ -157,13 +167,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _check_same_stage(name: str, config: StageConfig, mode: Mode, work: Path) -> None:
     """Refuse a folder with anything in it but the same stage, begun or finished, and `--resume`."""
-    wanted = {
-        "stage": name,
-        "config": portable(config),
-        "data": describe_sources(config),
-        "parent": _describe_base(config),
-    }
-    state, finished = work / "stage.json", config.output / MANIFEST_NAME
+    wanted = _describe_beginning(name, config)
+    state, finished = work / STATE_NAME, config.output / MANIFEST_NAME
     there = sorted(path.name for path in config.output.iterdir() if path.name != ".lock")
     if not there or (there == [work.name] and not state.is_file()):
         work.mkdir(exist_ok=True)
@@ -193,7 +198,7 @@ def _has_no_checkpoint(there: Sequence[str], work: Path) -> bool:
     """Return whether a stage was begun in the folder and ended, however it did, before its first checkpoint."""
     return (
         set(there) <= {work.name, "tensorboard"}
-        and (work / "stage.json").is_file()
+        and (work / STATE_NAME).is_file()
         and not any(work.glob("checkpoint-*"))
     )
 
@@ -203,13 +208,11 @@ def _plain(content: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(content))
 
 
-def _describe_base(config: StageConfig) -> dict[str, Any] | None:
-    """Return what the manifest will say of the base, which must not change before a resume; None without one."""
-    if not isinstance(config, FineTuneConfig):
-        return None
-    folder = find_model_folder(config.base, field="base")
+def _describe_beginning(name: str, config: StageConfig) -> dict[str, Any]:
+    """Return what the manifest will say of settings, data and base, which must not change before a resume."""
+    parent = find_model_folder(config.base, field="base") if isinstance(config, FineTuneConfig) else None
     try:
-        return describe_parent(folder)
+        return describe_beginning(name, config, parent=parent)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(error.message, field="base") from error
 
@@ -224,7 +227,7 @@ def _remove_leftovers(folder: Path, work: Path) -> None:
 
 
 def _differences(left: Any, right: Any, path: str = "") -> Sequence[str]:
-    """Return the paths at which two JSON values differ."""
+    """Return the paths at which two JSON values differ; a revision that cannot be known now is that of before."""
     if isinstance(left, dict) and isinstance(right, dict):
         keys = [*left, *(key for key in right if key not in left)]
         return [
@@ -232,7 +235,9 @@ def _differences(left: Any, right: Any, path: str = "") -> Sequence[str]:
             for key in keys
             for found in _differences(left.get(key), right.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if left == right else [path]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        return [path] if any(_differences(*items) for items in zip(left, right, strict=True)) else []
+    return [] if left == right or right == UNKNOWN_REVISION else [path]
 
 
 def _without_times(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,3 @@ def load_tokenizer(folder: Path, *, field: str) -> Any:
     if None in ids or len(set(ids)) != len(ids):
         raise InvalidArgumentError(f"the tokenizer in {folder} needs distinct bos, eos and pad tokens", field=field)
     return tokenizer
-
-
-def encode_document(tokenizer: Any, text: str, *, end: bool = True) -> list[int]:
-    """Return `<s>`, the tokens of a text, and `</s>` where `end` is true; special strings in the text stay text."""
-    body: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [tokenizer.bos_token_id, *body, *([tokenizer.eos_token_id] if end else [])]

@@ -1,13 +1,27 @@
-"""Identity of a base model by content, the same in every process that loads it."""
+"""Identity of a base model and of its tokenizer by content, the same in every process that loads them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from tether.errors import InvalidArgumentError, NotFoundError
 
-__all__ = ["hash_file", "hash_model_folder"]
+__all__ = ["hash_file", "hash_model_folder", "hash_tokenizer"]
+
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""What the tokenizers of transformers are read from."""
 
 
 def hash_file(path: Path) -> str:
@@ -39,7 +53,17 @@ def hash_model_folder(folder: Path) -> str:
     if not config.is_file() or not weights:
         message = f"{folder} is not a model folder: it needs config.json and at least one *.safetensors file"
         raise InvalidArgumentError(message, field="model")
+    return _hash_files([config, *weights])
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Return the sha256 of a model folder's tokenizer, chat templates included, in the form of `hash_model_folder`."""
+    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    return _hash_files(found)
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted([config, *weights]):
+    for path in sorted(paths):
         digest.update(f"{path.name} {hash_file(path)}\n".encode())
     return digest.hexdigest()

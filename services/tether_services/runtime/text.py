@@ -74,6 +74,25 @@ class ByteCodec:
         return self.encode("".join(lines) + ("assistant: " if add_generation_prompt else ""), add_special_tokens=True)
 
 
+def encode_document(tokenizer: Any, text: str, *, is_finished: bool = True) -> list[int]:
+    """Return the ids of a document as prompts begin and answers end: with the tokenizer's own start, and one end token.
+
+    Special strings in the text are read as ordinary characters.
+
+    Args:
+        tokenizer: Of transformers; what it puts in front of a text, mostly a beginning-of-text token, stays.
+        text: The document.
+        is_finished: Whether the end token follows, where the tokenizer has one; otherwise none is left at the end.
+    """
+    ids = [
+        int(token)
+        for token in tokenizer.encode(text, add_special_tokens=True, split_special_tokens=True, verbose=False)
+    ]
+    end = tokenizer.eos_token_id
+    body = ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # some tokenizers end texts by themselves
+    return [*body, int(end)] if is_finished and end is not None else body
+
+
 class HfCodec:
     """The tokenizer of a transformers model folder or hub name."""
 
@@ -104,8 +123,9 @@ class HfCodec:
         return [int(token) for token in ids]
 
     def encode_document(self, text: str) -> list[int]:
-        """Return the ids of a whole document: with its beginning-of-text token and, if there is one, its end token."""
-        return self.end(self.encode(text, add_special_tokens=True))
+        """Return the ids of a whole document; see the function of that name."""
+        with self._lock:
+            return encode_document(self._tokenizer, text)
 
     def end(self, token_ids: Sequence[int]) -> list[int]:
         """Return the ids with the end token behind them, once; as they are where the tokenizer has none."""

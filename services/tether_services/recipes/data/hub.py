@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from tether.errors import InvalidArgumentError
 from tether_services.runtime.model_folder import is_hub_name
 
-__all__ = ["DataSetName", "parse_name", "read_dataset"]
+__all__ = ["UNKNOWN_REVISION", "DataSetName", "find_revision", "parse_name", "read_dataset"]
 
 FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """Formats of plain rows. Others open archives, media or scientific containers, which no shape here can hold."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+UNKNOWN_REVISION = "unknown: the hub did not tell it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,29 @@ def parse_name(source: str, *, field: str) -> DataSetName:
     return DataSetName(name, config, split)
 
 
+@cache
+def _load_builder(path: str, config: str | None) -> Any:
+    """Return the library's reader of a hub data set: one for the whole process, which then reads one revision."""
+    from datasets import load_dataset_builder
+
+    return load_dataset_builder(path, config)
+
+
+def find_revision(source: str, *, load: Callable[[str, str | None], Any] = _load_builder) -> str:
+    """Return the commit of a hub data set that this process reads, or `UNKNOWN_REVISION`.
+
+    Args:
+        source: As `parse_name` takes it.
+        load: Returns the library's reader of a data set, whose `hash` is the commit where it comes from a hub.
+    """
+    try:
+        name = parse_name(source, field="sources")
+        commit = str(load(name.path, name.config).hash)
+    except Exception:  # of many libraries; reading the data comes next and says what is wrong
+        return UNKNOWN_REVISION
+    return commit if COMMIT.fullmatch(commit) else UNKNOWN_REVISION
+
+
 def read_dataset(source: str, *, field: str) -> Iterator[Mapping[str, object]]:
     """Yield the rows of a data set as they arrive. No code of the data set is ever run.
 
@@ -72,8 +100,10 @@ def _stream(name: DataSetName, *, field: str) -> Iterator[Mapping[str, object]]:
 
     if os.path.isfile(name.path):
         builder = load_dataset_builder("parquet", data_files=name.path)
+    elif os.path.isdir(name.path):
+        builder = load_dataset_builder(name.path)
     else:
-        builder = load_dataset_builder(name.path, name.config)
+        builder = _load_builder(name.path, name.config)
     kind = type(builder).__module__.split(".")
     # The format is the package of the library that holds the builder: datasets.packaged_modules.json.json
     if kind[:2] != ["datasets", "packaged_modules"] or kind[2] not in FORMATS:

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from tether_services.recipes.config import DataConfig
 from tether_services.recipes.data.reading import OnRow, divide_parts, read_parts, report_of
 from tether_services.recipes.data.records import Demonstration, LabelledText, Prompt, Ranking, ordered_pairs
 from tether_services.recipes.data.rendering import Renderer
 from tether_services.recipes.data.shapes import Record
 from tether_services.recipes.data.splitting import canonical_prompt, split_key
+from tether_services.recipes.ranking_metrics import Judged, measure_agreement
 
 __all__ = ["Inspection", "LengthPreference", "Lengths", "Overlap", "inspect_data", "length_preference"]
 
@@ -53,7 +56,7 @@ class LengthPreference:
     longer_wins: float
     """Share of them in which the preferred answer has more characters; equal lengths count half."""
     longest_is_best: float
-    """Share of rankings with two levels or more in which the first of the longest answers has the highest."""
+    """Share of rankings with two levels or more in which the longest answer is a best one; equally long ones share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +132,15 @@ def preferred_pairs(ranking: Ranking) -> Iterator[tuple[str, str]]:
 
 def length_preference(rankings: Iterable[Ranking]) -> LengthPreference | None:
     """Return how far length alone predicts the order of answers, or None where there is no pair."""
-    num_pairs, points, num_rankings, num_longest = 0, 0.0, 0, 0
+    judged = []
     for ranking in rankings:
-        if len(set(ranking.levels)) < 2:
-            continue
-        lengths = [len(answer) for answer in ranking.answers]
-        num_rankings += 1
-        num_longest += ranking.levels[lengths.index(max(lengths))] == max(ranking.levels)
-        for better, worse in preferred_pairs(ranking):
-            num_pairs += 1
-            points += 1.0 if len(better) > len(worse) else 0.5 if len(better) == len(worse) else 0.0
-    return LengthPreference(num_pairs, points / num_pairs, num_longest / num_rankings) if num_pairs else None
+        if len(set(ranking.levels)) > 1:
+            lengths = np.array([len(answer) for answer in ranking.answers], dtype=float)
+            judged.append(Judged(scores=lengths, levels=np.array(ranking.levels, dtype=float), lengths=lengths))
+    if not judged:
+        return None
+    found = measure_agreement(judged)
+    return LengthPreference(found.num_pairs, found.longer_wins, found.longest_top1)
 
 
 def count_conflicts(rankings: Iterable[Ranking]) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from tether.errors import InvalidArgumentError
 from tether_services.recipes.data.records import Prompt, Turn
 from tether_services.recipes.data.transcripts import is_transcript
+from tether_services.runtime.text import encode_document
 
 __all__ = ["Renderer", "Template", "check_template", "fit"]
 
@@ -97,8 +98,8 @@ class Renderer:
         return [*answer_ids, self._tokenizer.eos_token_id]
 
     def document_ids(self, text: str, *, is_finished: bool = True) -> list[int]:
-        """Return the ids of a text, with the beginning-of-text token, and the end token if it is finished."""
-        return [*self._text_ids(text), *([self._tokenizer.eos_token_id] if is_finished else [])]
+        """Return the ids of a text, with the end token if it is finished; see `encode_document`."""
+        return encode_document(self._tokenizer, text, is_finished=is_finished)
 
     def _form(self, prompt: Prompt) -> Literal["chat", "dialogue", "plain"]:
         if self._template != "auto":
@@ -114,8 +115,7 @@ class Renderer:
 
     def _text_ids(self, text: str) -> list[int]:
         """Return the ids as the services compute them: with the tokens the tokenizer puts in front, none at the end."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True, split_special_tokens=True, verbose=False)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+        return self.document_ids(text, is_finished=False)
 
     def _ordinary_ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(

@@ -20,7 +20,7 @@ from tether_services.recipes.data.records import Place
 from tether_services.recipes.data.text_file import read_text_rows
 from tether_services.recipes.data.wording import tidy_spacing
 
-__all__ = ["FILE_SUFFIXES", "Row", "RowLimits", "read_rows"]
+__all__ = ["FILE_SUFFIXES", "Row", "RowLimits", "is_file_name", "read_rows"]
 
 LABEL_BY_SUFFIX = {".pos": 1, ".neg": 0}
 """Text files whose name says the label of every line."""
@@ -62,6 +62,11 @@ def read_rows(source: str, limits: RowLimits) -> Iterator[Found]:
     return islice(rows, limits.max_rows)
 
 
+def is_file_name(source: str) -> bool:
+    """Return whether a source ends as data files do; no hub need be asked for it."""
+    return source.endswith((*FILE_SUFFIXES, ".gz"))
+
+
 def _read_file(source: str, limits: RowLimits) -> Iterator[Found]:
     path = Path(source)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -78,7 +83,7 @@ def _read_file(source: str, limits: RowLimits) -> Iterator[Found]:
 
 
 def _read_data_set(source: str, limits: RowLimits) -> Iterator[Found]:
-    if not os.path.exists(source) and source.endswith((*FILE_SUFFIXES, ".gz")):  # no need to ask a hub
+    if not os.path.exists(source) and is_file_name(source):
         raise InvalidArgumentError(f"there is no file {source}", field=limits.field)
     for number, value in enumerate(read_dataset(source, field=limits.field), start=1):
         place = Place(source, number)
