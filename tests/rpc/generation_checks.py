@@ -188,13 +188,16 @@ async def check_stops(serving: Serving) -> None:
     """Stop ids and stop texts end a completion, stay in it, and say why it ended."""
     free = (await serving.generate((1, 40, 50), max_tokens=40, seed=4, ignore_eos=True)).completions[0]
     assert (len(free.token_ids), free.finish_reason) == (40, generator_pb2.FINISH_REASON_LENGTH)
-    stop_id = free.token_ids[10]
+    ended = (await serving.generate((1, 40, 50), max_tokens=40, seed=4)).completions[0]  # perhaps by itself
+    assert len(ended.token_ids) > 4
+    assert list(ended.token_ids) == list(free.token_ids)[: len(ended.token_ids)]
+    stop_id = ended.token_ids[len(ended.token_ids) // 2]
     by_id = (await serving.generate((1, 40, 50), max_tokens=40, seed=4, stop_token_ids=[stop_id])).completions[0]
     end = list(free.token_ids).index(stop_id) + 1
     assert list(by_id.token_ids) == list(free.token_ids)[:end]
     assert by_id.finish_reason == generator_pb2.FINISH_REASON_STOP
     assert len(by_id.logprobs) == end
-    word = free.text[len(free.text) // 2 :][:4]
+    word = ended.text[len(ended.text) // 2 :][:4]
     by_text = (await serving.generate((1, 40, 50), max_tokens=40, seed=4, stop=["no such text", word])).completions[0]
     assert by_text.finish_reason == generator_pb2.FINISH_REASON_STOP
     assert word in by_text.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import statistics
 import sys
@@ -89,7 +90,8 @@ def test_the_head_of_the_classifier_gives_the_score_and_only_it_and_the_adapter_
     assert {"score.weight", "score.bias"} < names
     assert all("lora_" in name for name in names - {"score.weight", "score.bias"})
     assert torch.equal(frozen.score.weight, learning.score.weight)
-    assert frozen.score.bias.item() == pytest.approx(3.470525)
+    scale = json.loads((REWARD / "tether_reward.json").read_text())
+    assert frozen.score.bias.item() == pytest.approx(-scale["gain"] * scale["bias"])
 
 
 def test_logprobs_are_those_of_a_loop_without_padding(judge: Judge) -> None:

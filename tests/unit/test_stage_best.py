@@ -12,11 +12,11 @@ from tests.unit.stage_inputs import sft_config
 from tether_services.recipes.sft import run_sft
 
 DIVERGING = {
-    "learning_rate": 0.1,
+    "learning_rate": 0.05,
     "schedule": "constant",
     "warmup_fraction": 0.0,
     "max_grad_norm": 1000.0,
-    "max_steps": 5,
+    "max_steps": 4,
     "log_every": 1,
 }
 """So high that the last step is not the best one."""
