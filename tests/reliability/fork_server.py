@@ -72,7 +72,7 @@ def main() -> int:
 def _load() -> None:
     """Import the libraries that take long: none may start a thread, and gRPC is for the forked process alone.
 
-    With gRPC loaded before the fork, one of some 250 workers died of a signal 11 in its event engine.
+    gRPC neither supports a fork once it is used nor says whether it is.
     """
     for name in LIBRARIES:
         importlib.import_module(name)

@@ -303,9 +303,11 @@ def test_other_refusals_of_a_chunk_end_the_push(tmp_path: Path) -> None:
 def test_a_large_adapter_goes_in_pieces_with_a_deadline_each(tmp_path: Path) -> None:
     expected = write_adapter(tmp_path, size=17 * MEBIBYTE)
     store = Store()
-    push(store, tmp_path)
+    progress: list[tuple[int, int]] = []
+    push(store, tmp_path, on_progress=lambda sent, total: progress.append((sent, total)))
     assert bytes(store.data) == expected
     assert store.stream_starts == [0, 8 * MEBIBYTE, 16 * MEBIBYTE]
+    assert progress == [(sent, len(expected)) for sent in (*store.stream_starts, len(expected))]
     assert len(store.begins) == 1
 
 

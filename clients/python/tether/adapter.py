@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 from uuid import UUID, uuid4
 
-from tether.adapter_upload import ADAPTER_FILES, ATTEMPTS, AdapterUpload, LocalFiles, pause, read_files
+from tether.adapter_upload import ADAPTER_FILES, ATTEMPTS, AdapterUpload, LocalFiles, OnProgress, pause, read_files
 from tether.channel import ServiceClient
 from tether.errors import InternalError, InvalidArgumentError, UnavailableError
 from tether.status import request_field
@@ -142,6 +142,7 @@ class AdapterClient(ServiceClient):
         *,
         epoch: int,
         request_id: str = "",
+        on_progress: OnProgress | None = None,
         timeout_seconds: float | None = None,
     ) -> PushResult:
         """Send an adapter, have it verified, loaded and proven, and return it. It is not active yet.
@@ -154,6 +155,7 @@ class AdapterClient(ServiceClient):
             push: What is declared about it.
             epoch: Of the run's writer, 1 or more; the generator refuses writers with a lower one from now on.
             request_id: UUID of this push, to repeat it later without a second effect; a new one else.
+            on_progress: Called at the start and after each piece with the bytes that have arrived and all bytes.
             timeout_seconds: Deadline of each of the calls, of which every piece is one.
 
         Raises:
@@ -165,7 +167,7 @@ class AdapterClient(ServiceClient):
         """
         files = await asyncio.to_thread(read_files, folder)
         begin = _begin_request(push, files, epoch=epoch, request_id=_request_id(request_id))
-        answer = await AdapterUpload(_Calls(self, timeout_seconds), begin).push(files)
+        answer = await AdapterUpload(_Calls(self, timeout_seconds), begin, on_progress).push(files)
         return _push_result(answer, begin)
 
     async def activate(

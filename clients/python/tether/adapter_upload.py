@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -115,6 +115,10 @@ def _unreadable(error: OSError) -> InvalidArgumentError:
     return InvalidArgumentError(f"Cannot read {error.filename}: {error.strerror}.", field="folder")
 
 
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes that the generator has safely on disk and the bytes in all."""
+
+
 class PushCalls(Protocol):
     """The calls of a push, each with a deadline of its own; failures are TetherErrors."""
 
@@ -134,9 +138,12 @@ class PushCalls(Protocol):
 class AdapterUpload:
     """One push: announce, send, commit, with one request id over all its attempts."""
 
-    def __init__(self, calls: PushCalls, begin: adapter_pb2.BeginPushRequest) -> None:
+    def __init__(
+        self, calls: PushCalls, begin: adapter_pb2.BeginPushRequest, on_progress: OnProgress | None = None
+    ) -> None:
         """Remember what to push; the request_id of `begin`, a UUID, names this push."""
         self._calls = calls
+        self._on_progress = on_progress
         self._begin = begin
         self._failures = 0
         self._uploads: dict[str, int] = {}
@@ -160,6 +167,7 @@ class AdapterUpload:
         begun = await self._calls.begin(self._begin)
         self._note(begun.upload_id, begun.committed_offset)
         offset, total = begun.committed_offset, files.size_bytes
+        self._report(offset, total)
         while offset < total:
             piece = await asyncio.to_thread(files.read, offset, PIECE_BYTES)
             if not piece:
@@ -169,7 +177,12 @@ class AdapterUpload:
                 raise UnavailableError("The generator has taken none of the bytes.")
             offset = sent.committed_offset
             self._note(begun.upload_id, offset)
+            self._report(offset, total)
         return begun.upload_id
+
+    def _report(self, offset: int, total: int) -> None:
+        if self._on_progress:
+            self._on_progress(offset, total)
 
     async def _commit(self, upload_id: str) -> adapter_pb2.CommitPushResponse:
         """Return the answer to the commit, asking again while it is lost or takes longer than a deadline."""

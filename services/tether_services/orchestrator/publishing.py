@@ -15,6 +15,7 @@ from tether.adapter import ActiveAdapter, Adapter, AdapterClient, AdapterPush, P
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
 from tether_services.orchestrator.records import Attempt
 from tether_services.orchestrator.remote import Remote
+from tether_services.runtime.fault_points import reach
 
 __all__ = ["LocalAdapter", "PolicyPublisher", "PushFigures"]
 
@@ -152,9 +153,13 @@ class PolicyPublisher:
         if (adapter.push.policy_version, adapter.sha256) in stored:
             return None
         epoch, request_id = self._attempt.epoch, str(uuid4())
-        return await self._remote.call(
-            lambda client: client.push(adapter.directory, adapter.push, epoch=epoch, request_id=request_id)
+        result = await self._remote.call(
+            lambda client: client.push(
+                adapter.directory, adapter.push, epoch=epoch, request_id=request_id, on_progress=_reach_progress
+            )
         )
+        reach("push.proven")
+        return result
 
     async def _activate(self, version: int, active: ActiveAdapter) -> ActiveAdapter:
         """Switch from what is active to a version of this run; nothing to do if that is active."""
@@ -187,6 +192,10 @@ class PolicyPublisher:
         """Return the usable versions of this run that the generator has."""
         adapters = await self._remote.call(lambda client: client.list_adapters())
         return [a for a in adapters if a.run_id == self._attempt.run_id and a.state != "retiring"]
+
+
+def _reach_progress(sent: int, total: int) -> None:
+    reach("push.sent" if sent == total else "push.half")
 
 
 def _sha256(active: ActiveAdapter) -> str:

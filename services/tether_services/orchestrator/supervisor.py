@@ -132,15 +132,17 @@ class Supervisor:
 
     async def _see_to_end(self, attempt: Attempt, next_step: int) -> int:
         """Run a worker, and another one after each that died; return the next step to show."""
-        for number in count():
-            end, next_step = await self._watch(attempt, next_step)
+        crashes = 0
+        while True:
+            first_step = next_step
+            end, next_step = await self._watch(attempt, first_step)
             following = await self._follow(attempt, end)
             if following is None:
                 return next_step
             self._note_resume(following, end.reason)
-            await asyncio.sleep(_pause(number))
+            crashes = 0 if next_step > first_step else crashes + 1  # without a step in between
+            await asyncio.sleep(_pause(crashes))
             attempt = following
-        raise AssertionError("counted without end")
 
     async def _show_state(self, run_id: str) -> None:
         self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, run_id))

@@ -121,7 +121,9 @@ def judge(world: World, runs: tuple[Run, Run], figures: Mapping[str, object], fa
         if run.state != "succeeded":
             failures.append(f"run {run.run_id} is {run.state}: {run.error}")
     verdict = world.recorder.judge()
-    return Outcome(verdict, {**figures, "states compared": verdict.counts["state"]}, failures)
+    counted = {"samples": "generated", "commits": "committed", "states compared": "state"}
+    counts = {name: verdict.counts[kind] for name, kind in counted.items()}
+    return Outcome(verdict, {**figures, **counts}, failures)
 
 
 def record_figures(recorder: Recorder, state_dir: Path, run_id: str) -> None:
@@ -141,7 +143,7 @@ async def run_points(trial: Trial) -> Outcome:
     The control commits before the checkpoint is in its place, and is killed in between.
     """
     points = ["commit.done"] if trial.control else list(POINTS["worker"])
-    steps = 3 * len(points) + 3
+    steps = 2 * len(points) + (4 if trial.control else 8)
     plan_file = trial.folder / "plan.json"
     plan_file.write_text(json.dumps({"worker": {str(n + 1): plan_entry(point) for n, point in enumerate(points)}}))
     settings = {"orchestrator": {"auto_resume": "off"}}
