@@ -266,6 +266,24 @@ def test_number_of_an_adapter_is_never_reused(running: Running, folders: dict[st
     running.check(scenario)
 
 
+def test_a_busy_engine_proves_its_life_without_a_token(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token may wait behind the prompts of others for longer than `liveness_seconds`; here it never comes."""
+
+    async def scenario(serving: Serving) -> None:
+        engine = serving.service.engine
+        monkeypatch.setattr(engine, "compute_logprobs", lambda *_: asyncio.sleep(600))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.check(), 1)
+        call = asyncio.ensure_future(serving.generate((1, 40), n=32, max_tokens=480, ignore_eos=True))
+        while serving.served.value("tether_generator_completions_in_flight") < 32:
+            await asyncio.sleep(0.005)
+        await asyncio.wait_for(engine.check(), 5)
+        assert not call.done(), "it was busy"
+        await call
+
+    running.check(scenario)
+
+
 def test_cancelled_and_expired_calls_free_the_engine(running: Running) -> None:
     async def scenario(serving: Serving) -> None:
         long = generate_request((1, 40), n=32, max_tokens=480, ignore_eos=True)

@@ -31,6 +31,7 @@ from tests.rpc.serving import run
 from tether.errors import InvalidArgumentError
 from tether.v1 import adapter_pb2
 from tether_services.generator import pointer as pointer_module
+from tether_services.generator.engines.fake import FakeEngine
 from tether_services.generator.verification import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from tether_services.runtime.durable import write_text
 
@@ -67,8 +68,8 @@ async def store_three(folder: Path) -> None:
         await serving.adapters.PushChunks(half(), timeout=5)
 
 
-def stored(folder: Path, version: int) -> Path:
-    (found,) = (folder / "versions/run-a").glob(f"{version}-*")
+def stored(folder: Path, version: int, sha256: str = "") -> Path:
+    (found,) = (folder / "versions/run-a").glob(f"{version}-{sha256[:12]}*")
     return found
 
 
@@ -164,7 +165,7 @@ def test_an_active_version_that_did_not_come_back_is_never_replaced_by_the_base(
     run(scenario())
 
 
-def test_a_version_that_no_longer_computes_what_it_did_is_set_aside(
+def test_a_version_that_no_longer_computes_what_it_did_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
@@ -179,16 +180,71 @@ def test_a_version_that_no_longer_computes_what_it_did_is_set_aside(
     run(scenario())
 
 
-@pytest.mark.parametrize("change", ["base", "rank"])
-def test_versions_for_another_base_or_a_larger_rank_are_set_aside(
+@pytest.mark.parametrize("change", ["base", "rank", "load"])
+def test_versions_that_a_wrong_setting_refuses_come_back_with_the_right_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     async def scenario() -> None:
         await store_three(tmp_path)
-        if change == "base":
-            monkeypatch.setattr("tether_services.generator.engines.fake.FAKE_BASE_SHA256", "c" * 64)
-        async with serve_on(tmp_path, **({"max_rank": 1} if change == "rank" else {})) as serving:
-            assert restored(serving) == (0, 3)
+        with monkeypatch.context() as patch:
+            if change == "base":
+                patch.setattr("tether_services.generator.engines.fake.FAKE_BASE_SHA256", "c" * 64)
+            if change == "load":
+                patch.setattr(FakeEngine, "load_adapter", refuse_to_load)
+            for _ in range(2):
+                async with serve_on(tmp_path, **({"max_rank": 1} if change == "rank" else {})) as serving:
+                    assert restored(serving) == (0, 3)
+                    assert await list_adapters(serving.adapters) == {}
+        assert not (tmp_path / "damaged").exists()
+        async with serve_on(tmp_path) as serving:
+            assert restored(serving) == (3, 0)
+            assert await active(serving) == ("run-a", 2, fake_adapter(2).sha256)
+
+    run(scenario())
+
+
+async def refuse_to_load(*_: Any) -> None:
+    raise RuntimeError("no memory left")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_refused_version_that_was_pushed_again_stands_back_for_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    """Also where its successor has the same number and other content; if that fails, the older one is what there is."""
+
+    async def scenario() -> None:
+        async with serve_on(tmp_path) as serving:
+            await push_fakes(serving.adapters, "run-a", [1])
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeEngine, "load_adapter", refuse_to_load)
+            async with serve_on(tmp_path) as serving:
+                assert restored(serving) == (0, 1)
+                patch.undo()
+                other = fake_adapter(5)
+                await push(serving.adapters, begin_request(other, "run-a", 1, probes=[fake_probe(1)]), other)
+        old, new = stored(tmp_path, 1, fake_adapter(1).sha256), stored(tmp_path, 1, other.sha256)
+        if not passes:
+            flip(new / WEIGHTS_NAME, 1)
+        async with serve_on(tmp_path) as serving:
+            assert restored(serving) == ((1, 0) if passes else (1, 1))
+            (version,) = serving.service.adapters.all()
+            assert version.declaration.weights_sha256 == (other if passes else fake_adapter(1)).sha256
+        assert old.exists() is not passes
+
+    run(scenario())
+
+
+def test_a_damaged_version_that_cannot_be_moved_does_not_keep_the_others_from_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        await store_three(tmp_path)
+        (stored(tmp_path, 3) / WEIGHTS_NAME).unlink()
+        (tmp_path / "damaged").write_text("in the way")
+        async with serve_on(tmp_path) as serving:
+            assert restored(serving) == (2, 1)
+            assert set(await list_adapters(serving.adapters)) == {("run-a", 1), ("run-a", 2)}
 
     run(scenario())
 

@@ -96,7 +96,7 @@ def test_of_many_runs_the_last_and_the_active_one_stay() -> None:
             await push_fakes(serving.adapters, "run-3", [2])
             await serving.service.adapters.settle()
             left = {run_id for run_id, _ in await list_adapters(serving.adapters)}
-            assert left == {"owner", "run-3", "run-4", "run-5", "run-6"}
+            assert left == {"owner", "run-3", "run-6"}
             await activate(serving.adapters, "run-6", 1)
             await serving.service.adapters.settle()
             assert {run_id for run_id, _ in await list_adapters(serving.adapters)} == {*left} - {"owner"}
@@ -164,7 +164,7 @@ async def push_large(serving: Serving, run_id: str, version: int) -> None:
 
 def test_a_full_quota_costs_the_oldest_version_of_an_idle_run() -> None:
     async def scenario() -> None:
-        room = settings(adapters={"quota_bytes": int(3.5 * SIZE), "max_rank": 512})
+        room = settings(adapters={"quota_bytes": int(3.5 * SIZE), "max_rank": 512, "keep_runs": 3})
         async with serve_generator(room) as serving:
             await push_large(serving, "old", 1)
             await push_large(serving, "old", 2)

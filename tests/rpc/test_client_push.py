@@ -190,16 +190,16 @@ def write_adapter(folder: Path, size: int = 2 * MEBIBYTE + 17) -> bytes:
     return config + weights
 
 
-def with_store(store: Store, use: Callable[[AdapterClient], Awaitable[Any]]) -> Any:
+def with_store(store: Store, use: Callable[[AdapterClient], Awaitable[Any]], *, retries: bool = True) -> Any:
     async def run() -> Any:
-        async with serving(store.add) as target, AdapterClient(target) as client:
+        async with serving(store.add) as target, AdapterClient(target, retries=retries) as client:
             return await use(client)
 
     return asyncio.run(run())
 
 
-def push(store: Store, folder: Path, **options: Any) -> PushResult:
-    result = with_store(store, lambda client: client.push(folder, PUSH, **({"epoch": 4} | options)))
+def push(store: Store, folder: Path, *, retries: bool = True, **options: Any) -> PushResult:
+    result = with_store(store, lambda client: client.push(folder, PUSH, **({"epoch": 4} | options)), retries=retries)
     assert isinstance(result, PushResult)
     return result
 
@@ -276,6 +276,40 @@ def test_a_stream_that_never_gets_through_gives_up(tmp_path: Path) -> None:
         push(store, tmp_path)
     assert len(store.stream_starts) == 5
     assert not store.commits
+
+
+@pytest.mark.parametrize(("retries", "calls"), [(True, 5), (False, 1)])
+@pytest.mark.parametrize("where", ["begin", "commit"])
+def test_a_caller_that_repeats_the_push_gets_one_failure_of_one_call(
+    tmp_path: Path, where: str, retries: bool, calls: int
+) -> None:
+    write_adapter(tmp_path)
+    store = Store()
+    lost = UnavailableError("no answer")
+    if where == "begin":
+        store.fail_begin = lost
+    store.commit_failures = [lost] * 50
+    with pytest.raises(UnavailableError):
+        push(store, tmp_path, retries=retries)
+    assert len(store.begins if where == "begin" else store.commits) == calls
+
+
+def test_without_retries_pieces_go_on_while_bytes_arrive_and_a_lost_upload_begins_again(tmp_path: Path) -> None:
+    expected = write_adapter(tmp_path, size=72)
+    store = Store(breaks_after_bytes=tuple(range(10, 80, 10)), max_chunk_bytes=10)
+    store.commit_failures = [NotFoundError("No such upload.")]
+    push(store, tmp_path, retries=False)
+    assert bytes(store.data) == expected
+    assert len(store.stream_starts) == 9
+
+
+def test_without_retries_a_generator_that_takes_no_bytes_costs_four_calls(tmp_path: Path) -> None:
+    write_adapter(tmp_path, size=1000)
+    store = Store()
+    store.chunk_failures = [UnavailableError("connection lost")] * 50
+    with pytest.raises(UnavailableError):
+        push(store, tmp_path, retries=False)
+    assert (len(store.begins), len(store.stream_starts)) == (2, 2)
 
 
 @pytest.mark.parametrize("reason", ["WRONG_OFFSET", "STREAM_REPLACED", "CHUNK_DAMAGED", "COMMITTING"])

@@ -264,7 +264,7 @@ def test_an_engine_that_hangs_turns_health_and_only_then_calls_are_refused() -> 
             await asyncio.sleep(0.05)
         assert (await client.score([ScoreItem(response="x")])).scores[0].score == 1.0
 
-    with_reward(scenario, models=[rule("wait_for_gate")], liveness_seconds=0.3)
+    with_reward(scenario, models=[rule("wait_for_gate")], liveness_seconds=0.3, rule_seconds=0.3)
 
 
 def test_metrics_name_the_model_and_count_tokens() -> None:

@@ -14,10 +14,10 @@ from rich.console import Console
 from tether.errors import InvalidArgumentError
 from tether_services.cli.local_commands import local_options
 from tether_services.cli.main import build_parser
-from tether_services.demo.demo import CONFIG, PROMPTS, count_prompts, demo_config
+from tether_services.demo.demo import CONFIG, PROMPTS, count_prompts, demo_config, demo_options
 from tether_services.demo.summary import NUM_STORIES, print_summary
-from tether_services.local.deployment import DEMO_MODELS
-from tether_services.orchestrator.config import RunConfig
+from tether_services.local.deployment import DEMO_MODELS, SERVICES, Addresses, service_settings
+from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
 from tether_services.orchestrator.presets import preset_names, read_preset
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 
@@ -57,6 +57,15 @@ def test_the_command_line_is_stronger_than_the_file(tmp_path: Path) -> None:
 def test_a_reward_model_without_adapter_is_scored_with_but_no_start_for_the_critic(tmp_path: Path) -> None:
     config = RunConfig.model_validate(configure("--reward-model", str(tmp_path)))
     assert config.reward_model == ""
+
+
+def test_a_demo_leaves_the_run_of_one_that_was_killed_alone() -> None:
+    addresses = Addresses("a:1", "b:1", "c:1", "d:1", "e:1", dict.fromkeys(SERVICES, "f:1"))
+    settings = service_settings(demo_options(build_parser().parse_args(["demo"])), addresses)
+    assert OrchestratorSettings.model_validate(settings["orchestrator"]).auto_resume == "off"
+    known = build_parser().parse_args(["up"])
+    settings = service_settings(local_options(known, state_dir=known.state_dir), addresses)
+    assert OrchestratorSettings.model_validate(settings["orchestrator"]).auto_resume == "after_crash"
 
 
 def test_everything_the_command_writes_survives_as_toml() -> None:

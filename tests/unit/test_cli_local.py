@@ -93,6 +93,16 @@ def test_settings_of_one_service_are_stronger_than_the_options() -> None:
     assert settings["reward"].threads == 7 and settings["reference"].threads == 1
 
 
+def test_pushed_adapters_are_kept_below_the_state_folder_unless_told_otherwise() -> None:
+    def adapters(**given: Any) -> Any:
+        extra = {"generator": {"adapters": given}} if given else {}
+        return resolve(LocalOptions(state_dir=Path("somewhere"), settings=extra))["generator"].adapters
+
+    assert adapters().folder == Path("somewhere/_services/adapters")
+    assert adapters(max_rank=8).folder == Path("somewhere/_services/adapters")
+    assert adapters(folder="elsewhere").folder == Path("elsewhere")
+
+
 def test_the_command_line_becomes_options_and_leaves_the_rest_to_its_default() -> None:
     known = build_parser().parse_args(["up", "--engine", "vllm", "--model", "m", "--threads", "3"])
     options = local_options(known, state_dir=known.state_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,12 @@ def new_run(ledger: Ledger) -> Attempt:
 
 def stop_growing(ledger: Ledger, *, pages: int = 1) -> None:
     """Have SQLite report a full disk whenever the file would have to grow."""
-    ledger._file._writer.execute(f"PRAGMA max_page_count = {pages}")
+    writer_of(ledger._file).execute(f"PRAGMA max_page_count = {pages}")
+
+
+def writer_of(file: LedgerFile) -> sqlite3.Connection:
+    assert file._writer is not None
+    return file._writer
 
 
 def large_record(step: int) -> StepRecord:
@@ -40,7 +46,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path) -> None:
     assert caught.value.reason == "STORAGE_FULL"
     assert str(tmp_path) in caught.value.message
     assert ledger.get_run("demo").num_committed_steps == 1
-    ledger._file._writer.execute("PRAGMA max_page_count = 100000")
+    writer_of(ledger._file).execute("PRAGMA max_page_count = 100000")
     ledger.commit_step(attempt, step_record(1))
     assert ledger.get_run("demo").num_committed_steps == 2
 
@@ -51,6 +57,46 @@ def test_an_error_inside_a_transaction_is_not_hidden_by_the_rollback(tmp_path: P
         connection.execute("ROLLBACK")  # as SQLite does by itself for some errors
         raise ZeroDivisionError
     new_run(ledger)
+
+
+class FailingConnection(sqlite3.Connection):
+    """A connection to a disk that takes nothing any more from the end of a transaction on."""
+
+    def execute(self, sql: str, *given: Any) -> sqlite3.Cursor:
+        if sql in ("COMMIT", "ROLLBACK"):
+            raise sqlite3.OperationalError("disk I/O error")
+        return super().execute(sql, *given)
+
+
+def test_a_writer_that_could_not_be_opened_again_is_opened_by_the_next_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path)
+    ledger._file._writer = sqlite3.connect(
+        tmp_path / "ledger.sqlite", factory=FailingConnection, isolation_level=None, check_same_thread=False
+    )
+
+    def refuse(file: LedgerFile) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LedgerFile, "_connect", refuse)
+        for _ in range(3):
+            with pytest.raises(FailedPreconditionError) as caught:
+                new_run(ledger)
+            assert caught.value.reason == "LEDGER_UNWRITABLE"
+    new_run(ledger)
+    assert ledger.get_run("demo").state is RunState.PENDING
+
+
+def test_a_closed_connection_has_a_name_and_a_wrong_number_of_values_is_a_defect(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with pytest.raises(sqlite3.ProgrammingError), ledger._file.write() as connection:
+        connection.execute("SELECT ?", ())
+    ledger.close()
+    with pytest.raises(FailedPreconditionError) as caught:
+        new_run(ledger)
+    assert caught.value.reason == "LEDGER_UNWRITABLE"
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -141,7 +187,7 @@ def test_the_end_of_a_run_is_recorded_with_the_room_set_aside(tmp_path: Path, mo
 
     def give_up(file: LedgerFile) -> None:
         given_up.append(file)
-        file._writer.execute("PRAGMA max_page_count = 100000")  # what the room on the disk means to SQLite
+        writer_of(file).execute("PRAGMA max_page_count = 100000")  # what the room on the disk means to SQLite
 
     monkeypatch.setattr(LedgerFile, "give_up_reserve", give_up)
     assert ledger.finish(attempt, RunState.FAILED, error="x" * 100_000)

@@ -20,7 +20,7 @@ from tether.errors import (
 )
 from tether.reward import RewardClient
 from tether_services.orchestrator.config import OrchestratorSettings
-from tether_services.orchestrator.remote import SERVICE_NAMES, BreakerStates, Remote, open_services
+from tether_services.orchestrator.remote import BREAKERS_FILE, SERVICE_NAMES, BreakerStates, Remote, open_services
 from tether_services.orchestrator.retrying import MAX_BACKOFF_SECONDS, RetryBudget, RetryPolicy
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.session import show_breakers
@@ -217,6 +217,9 @@ def test_what_a_worker_says_of_its_breakers_reaches_the_service_and_a_full_disk_
     for states in ({"reward": True, "generator": False}, {"reward": False, "generator": False}):
         show_breakers(files, states)
         assert read_breakers(tmp_path) == states
+    for damaged in ("", '{"rew', "[1]", "\x00"):
+        (tmp_path / BREAKERS_FILE).write_text(damaged)
+        assert read_breakers(tmp_path) == {}
     (tmp_path / "file").write_text("")
     files.directory = tmp_path / "file"  # nothing can be written below it
     show_breakers(files, {"reward": True})

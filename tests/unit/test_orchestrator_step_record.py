@@ -86,6 +86,11 @@ def test_a_push_adds_its_stages_and_the_whole_time() -> None:
     assert (figures["step_seconds"], figures["probe_mean_abs_dlogp"]) == (23.0, 1e-6)
 
 
+def test_figures_of_a_push_that_were_not_measured_are_left_out() -> None:
+    figures = summarise_push(PushFigures(activate_seconds=0.4), SECONDS)
+    assert set(figures) == {"push_seconds", "step_seconds", "push_activate_seconds"}
+
+
 def test_a_record_has_every_name_of_the_list_and_no_other() -> None:
     before_push = {name: value for name, value in SECONDS.items() if name != "push_seconds"}
     record = summarise_step(3, rollout(), update_report(), before_push, adapter_bytes=1)

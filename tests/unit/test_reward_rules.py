@@ -54,7 +54,7 @@ def takes_one(prompt: str) -> float:
 
 def score(function: str, *responses: str, **arguments: object) -> list[float | TetherError]:
     async def main() -> list[float | TetherError]:
-        engine = RulesEngine(function, arguments, field=FIELD)
+        engine = RulesEngine(function, arguments, rule_seconds=60, field=FIELD)
         await engine.start()
         await engine.check()
         try:
@@ -104,13 +104,13 @@ def test_a_rule_that_cannot_be_called_is_refused_at_start(
     function: str, arguments: Mapping[str, Any], field: str, word: str
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=word) as caught:
-        RulesEngine(function, arguments, field=FIELD)
+        RulesEngine(function, arguments, rule_seconds=60, field=FIELD)
     assert caught.value.violations[0].field == f"{FIELD}.{field}"
 
 
 def test_a_rule_without_source_cannot_be_versioned() -> None:
     with pytest.raises(InvalidArgumentError, match="cannot be hashed"):
-        RulesEngine("operator:eq", {}, field=FIELD)
+        RulesEngine("operator:eq", {}, rule_seconds=60, field=FIELD)
 
 
 def test_the_hash_follows_source_and_arguments() -> None:
@@ -122,9 +122,11 @@ def test_the_hash_follows_source_and_arguments() -> None:
     assert len(set(hashes)) == 3
 
 
-def test_a_rule_that_never_returns_leaves_the_loop_free_and_fails_the_check() -> None:
+@pytest.mark.parametrize(("rule_seconds", "hangs"), [(0.04, True), (60, False)])
+def test_a_rule_fails_the_check_once_it_takes_longer_than_it_may(rule_seconds: float, hangs: bool) -> None:
     async def main() -> bool:
-        engine = RulesEngine(f"{HERE}:waits", {}, field=FIELD)
+        RELEASE.clear()
+        engine = RulesEngine(f"{HERE}:waits", {}, rule_seconds=rule_seconds, field=FIELD)
         scoring = asyncio.create_task(engine.score([ScoreTask("p", "r")]))
         await asyncio.sleep(0.05)
         try:
@@ -138,12 +140,12 @@ def test_a_rule_that_never_returns_leaves_the_loop_free_and_fails_the_check() ->
         await engine.close()
         return stuck
 
-    assert asyncio.run(main())
+    assert asyncio.run(main()) is hangs
 
 
 def test_a_check_fits_between_the_items_of_a_batch() -> None:
     async def main() -> bool:
-        engine = RulesEngine(f"{HERE}:count_characters", {}, field=FIELD)
+        engine = RulesEngine(f"{HERE}:count_characters", {}, rule_seconds=60, field=FIELD)
         scoring = asyncio.create_task(engine.score([ScoreTask("p", "r")] * 5000))
         await asyncio.sleep(0)
         await engine.check()

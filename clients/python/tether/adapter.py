@@ -148,7 +148,13 @@ class AdapterClient(ServiceClient):
         """Send an adapter, have it verified, loaded and proven, and return it. It is not active yet.
 
         The bytes go in pieces of 8 MiB. What is lost, late or damaged on the way is sent again from where the generator
-        is, also after its restart; only several failures in a row without a byte more arriving end the push.
+        is, also after its restart; only several failures in a row without a byte more arriving end the push: ATTEMPTS
+        (5), so that a generator that does not answer costs 5 calls of `timeout_seconds` and pauses of 3 s in all.
+
+        With `retries=False`, where the caller repeats the push with its request_id, one announcement or commit without
+        an answer ends it, and so does a second piece in a row of which nothing arrived. A caller with N attempts thus
+        makes at most N calls to a generator that is dead, and 4 N to one that takes announcements and no bytes, each of
+        at most `timeout_seconds`, besides its own pauses.
 
         Args:
             folder: Holds adapter_config.json and adapter_model.safetensors.
@@ -167,7 +173,9 @@ class AdapterClient(ServiceClient):
         """
         files = await asyncio.to_thread(read_files, folder)
         begin = _begin_request(push, files, epoch=epoch, request_id=_request_id(request_id))
-        answer = await AdapterUpload(_Calls(self, timeout_seconds), begin, on_progress).push(files)
+        attempts = ATTEMPTS if self._retries else 1
+        upload = AdapterUpload(_Calls(self, timeout_seconds), begin, on_progress, attempts=attempts)
+        answer = await upload.push(files)
         return _push_result(answer, begin)
 
     async def activate(

@@ -33,6 +33,8 @@ ATTEMPTS: Final = 5
 """Times something is tried, in all, before the push is given up; bytes that arrive begin the count anew."""
 RESUMED: Final = ("WRONG_OFFSET", "STREAM_REPLACED", "CHUNK_DAMAGED", "COMMITTING")
 """Reasons for which the bytes go on from where the generator is."""
+_LOST: Final = (UnavailableError, DeadlineExceededError, CancelledError)
+"""A call had no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +141,25 @@ class AdapterUpload:
     """One push: announce, send, commit, with one request id over all its attempts."""
 
     def __init__(
-        self, calls: PushCalls, begin: adapter_pb2.BeginPushRequest, on_progress: OnProgress | None = None
+        self,
+        calls: PushCalls,
+        begin: adapter_pb2.BeginPushRequest,
+        on_progress: OnProgress | None = None,
+        *,
+        attempts: int = ATTEMPTS,
     ) -> None:
-        """Remember what to push; the request_id of `begin`, a UUID, names this push."""
+        """Remember what to push.
+
+        Args:
+            calls: Makes the calls.
+            begin: Its request_id, a UUID, names this push.
+            on_progress: Called as bytes arrive.
+            attempts: Times that announcing or committing is tried while there is no answer and no byte more arrives; 1
+                for a caller that repeats the push itself. Even then it is announced once more after a piece without an
+                answer, to see how far that came.
+        """
+        self._attempts = attempts
+        self._sending = False
         self._calls = calls
         self._on_progress = on_progress
         self._begin = begin
@@ -154,7 +172,8 @@ class AdapterUpload:
         """Return the generator's answer to the commit.
 
         Raises:
-            TetherError: What the generator refused, or what went wrong ATTEMPTS times without a byte more arriving.
+            TetherError: What the generator refused, or what went wrong ATTEMPTS times without a byte more arriving;
+                fewer times if there was no answer, see `attempts`.
         """
         while True:
             try:
@@ -164,7 +183,9 @@ class AdapterUpload:
 
     async def _send(self, files: LocalFiles) -> str:
         """Have all bytes arrive and return the upload's name."""
+        self._sending = False
         begun = await self._calls.begin(self._begin)
+        self._sending = True
         self._note(begun.upload_id, begun.committed_offset)
         offset, total = begun.committed_offset, files.size_bytes
         self._report(offset, total)
@@ -189,10 +210,11 @@ class AdapterUpload:
         request = adapter_pb2.CommitPushRequest(
             request_id=str(uuid5(UUID(self._begin.request_id), upload_id)), upload_id=upload_id, epoch=self._begin.epoch
         )
+        self._sending = False
         while True:
             try:
                 return await self._calls.commit(request)
-            except (UnavailableError, DeadlineExceededError, CancelledError) as error:
+            except _LOST as error:
                 await self._wait(error)
 
     async def _recover(self, error: TetherError) -> None:
@@ -205,9 +227,15 @@ class AdapterUpload:
 
     async def _wait(self, error: TetherError) -> None:
         self._failures += 1
-        if self._failures >= ATTEMPTS or len(self._uploads) > ATTEMPTS:
+        if self._failures >= self._allowed(error) or len(self._uploads) > ATTEMPTS:
             raise error
         await pause(self._failures)
+
+    def _allowed(self, error: TetherError) -> int:
+        """Return the failures in a row after which the push is given up."""
+        if not isinstance(error, _LOST):
+            return ATTEMPTS  # the generator answers, so that the caller would not repeat the push
+        return max(self._attempts, 2) if self._sending else self._attempts
 
     def _note(self, upload_id: str, offset: int) -> None:
         """Begin the count of failures anew if more has arrived than ever before in this upload."""
@@ -218,8 +246,7 @@ class AdapterUpload:
 
 def _may_pass(error: TetherError) -> bool:
     """Return whether beginning again may help: the call was lost, its stream was, or the upload (by a restart)."""
-    lost = isinstance(error, UnavailableError | DeadlineExceededError | CancelledError | NotFoundError)
-    return lost or error.reason in RESUMED
+    return isinstance(error, (*_LOST, NotFoundError)) or error.reason in RESUMED
 
 
 async def pause(failures: int) -> None:

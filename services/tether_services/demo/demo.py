@@ -40,11 +40,16 @@ def run_demo(known: argparse.Namespace) -> int:
         InvalidArgumentError: The configuration of the run is invalid; one violation per bad key.
         FailedPreconditionError: A service did not start or could not be kept running.
     """
-    options = local_options(known, state_dir=known.output)
+    options = demo_options(known)
     document = tomli_w.dumps(demo_config(known, options))
     check_run_config(parse_run_config(document))  # as the orchestrator will, but before anything is started
     run_id = known.run_id or time.strftime("demo-%Y%m%d-%H%M%S")
     return run_until_interrupted(_demo(options, run_id, document, Console()))
+
+
+def demo_options(known: argparse.Namespace) -> LocalOptions:
+    """Return what to start: a run that a killed demonstration left behind does not go on, and so blocks no other."""
+    return local_options(known, state_dir=known.output, settings={"orchestrator": {"auto_resume": "off"}})
 
 
 def demo_config(known: argparse.Namespace, options: LocalOptions) -> dict[str, Any]:

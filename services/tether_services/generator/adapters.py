@@ -23,8 +23,6 @@ from tether_services.runtime.logging import log_event
 
 log = logging.getLogger(__name__)
 
-KEEP_RUNS = 4
-"""Runs whose newest versions stay loaded: those that pushed last, and the active one."""
 UNLOAD_PAUSES = (0.5, 2.0)
 """Seconds before a failed unload is tried again; after the last one, at the next change of versions."""
 
@@ -87,12 +85,19 @@ class AdapterRegistry:
     """The versions that can serve. Version 0, the base model, always can."""
 
     def __init__(
-        self, engine: Engine, storage: AdapterStorage, metrics: GeneratorMetrics, *, keep_versions: int
+        self,
+        engine: Engine,
+        storage: AdapterStorage,
+        metrics: GeneratorMetrics,
+        *,
+        keep_versions: int,
+        keep_runs: int,
     ) -> None:
         self._engine = engine
         self._storage = storage
         self._metrics = metrics
         self._keep_versions = keep_versions
+        self._keep_runs = keep_runs
         self._versions: dict[int, AdapterVersion] = {}
         self._disposals: set[asyncio.Task[None]] = set()
         self.active = Active()
@@ -253,7 +258,7 @@ class AdapterRegistry:
             if not version.retiring:
                 run_id = version.declaration.run_id
                 loaded[run_id] = [*loaded.pop(run_id, []), version]  # to the end: the run that pushed last
-        kept_runs = {*list(loaded)[-KEEP_RUNS:], self.active.run_id}
+        kept_runs = {*list(loaded)[-self._keep_runs :], self.active.run_id}
         for run_id, versions in loaded.items():
             for version in versions[: -self._keep_versions] if run_id in kept_runs else versions:
                 if not self.is_active(version):

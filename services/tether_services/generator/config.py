@@ -57,6 +57,8 @@ class AdapterSettings(Settings):
     """Adapters and uploads together take at most this on the disk; 0 is no limit."""
     keep_versions: int = Field(default=3, ge=1, le=16)
     """Newest versions of a run that stay loaded besides the active one; older ones are retired once idle."""
+    keep_runs: int = Field(default=2, ge=1, le=16)
+    """Runs whose newest versions stay loaded: those that pushed last, and the active one."""
     upload_seconds: float = Field(default=600.0, gt=0, le=86400)
     """An upload that has received nothing for this long is forgotten."""
     prove_tolerance: float | None = Field(default=None, gt=0, le=1)

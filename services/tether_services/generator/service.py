@@ -56,7 +56,11 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
             quota_bytes=settings.adapters.quota_bytes,
         )
         self.adapters = AdapterRegistry(
-            self.engine, self.storage, self.metrics, keep_versions=settings.adapters.keep_versions
+            self.engine,
+            self.storage,
+            self.metrics,
+            keep_versions=settings.adapters.keep_versions,
+            keep_runs=settings.adapters.keep_runs,
         )
         fence, uploads = Fence(), Uploads(self.storage, expire_seconds=settings.adapters.upload_seconds)
         self._parts = AdapterParts(

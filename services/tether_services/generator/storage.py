@@ -55,8 +55,7 @@ class AdapterStorage:
             self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._staging, self._versions = self.folder / "staging", self.folder / "versions"
-            for inner in (self._staging, self._damaged):
-                shutil.rmtree(inner, ignore_errors=True)
+            shutil.rmtree(self._staging, ignore_errors=True)
             for inner in (self._staging, self._versions):
                 inner.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -84,7 +83,11 @@ class AdapterStorage:
         return stored
 
     def set_aside(self, folder: Path) -> Path:
-        """Move a stored version out of the way and return where it is until the next start."""
+        """Move a damaged version to where nothing reads or deletes it, and return that folder.
+
+        Raises:
+            OSError: It cannot be moved.
+        """
         self._damaged.mkdir(mode=0o700, exist_ok=True)
         return folder.rename(_unused(self._damaged / f"{folder.parent.name}-{folder.name}"))
 

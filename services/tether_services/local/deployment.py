@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self
 import tomli_w
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
-from tether_services.local.supervision import Child, ChildSpec, Report
+from tether_services.local.supervision import HUNG_SECONDS, Child, ChildSpec, Report
 from tether_services.runtime.threads import thread_environment
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
@@ -28,7 +28,7 @@ PORTS: Final = range(20_000, 32_000)
 USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, 9101, 9102, 9103, 9104)
 """Defaults of the services and the clients: generator, adapter, reward, reference, orchestrator, then the metrics."""
 FOLDER: Final = "_services"
-"""Folder of configurations and logs in the state folder; no run can have this name."""
+"""Folder of configurations, logs and pushed adapters in the state folder; no run can have this name."""
 DRAIN_SECONDS: Final = 5.0
 """How long a service lets calls in flight finish; on one machine nobody waits for longer."""
 
@@ -53,6 +53,8 @@ class LocalOptions:
     """Longest start of a service."""
     stop_seconds: float = 15.0
     """From SIGTERM to SIGKILL."""
+    hung_seconds: float = HUNG_SECONDS
+    """A service that fails its liveness checks for this long is killed and started again."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further settings per service, stronger than those above."""
 
@@ -129,7 +131,9 @@ class LocalDeployment:
     async def _start(self) -> None:
         self.log_folder.mkdir(parents=True, exist_ok=True)
         for name, settings in service_settings(self.options, self.addresses).items():
-            self._children[name] = Child(self._spec(name, settings), report=self._report)
+            self._children[name] = Child(
+                self._spec(name, settings), report=self._report, hung_seconds=self.options.hung_seconds
+            )
         timeout = self.options.start_seconds
         starting = [asyncio.create_task(child.start(timeout_seconds=timeout)) for child in self._children.values()]
         try:
@@ -197,6 +201,9 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
     for name, settings in chosen.items():
         settings |= {"metrics_address": addresses.metrics[name], "drain_seconds": DRAIN_SECONDS}
         settings |= options.settings.get(name, {})
+    # Kept, so that a generator that is started again serves what it did. Below FOLDER: a run may be named "adapters".
+    stored = {"folder": str(options.state_dir / FOLDER / "adapters")}
+    chosen["generator"]["adapters"] = stored | chosen["generator"].get("adapters", {})
     if "models" in chosen["reward"]:  # stands in for engine and model, and is refused beside them
         chosen["reward"] = {key: value for key, value in chosen["reward"].items() if key not in ("engine", "model")}
     return chosen

@@ -35,7 +35,9 @@ POLL_SECONDS: Final = 0.1
 PROBE_SECONDS: Final = 5.0
 """Pause before each liveness check of a child that serves, and how long its answer may take."""
 HUNG_PROBES: Final = 3
-"""A child that fails this many liveness checks in a row is killed and started again."""
+"""A child is taken to hang after this many failed liveness checks in a row at least."""
+HUNG_SECONDS: Final = 60.0
+"""A child that has not passed one for this long is killed and started again: longer than a slow answer takes."""
 LOG_TAIL_LINES: Final = 12
 LOG_TAIL_CHARS: Final = 400
 """Of a log line, in an error message."""
@@ -62,16 +64,25 @@ class ChildSpec:
 class Child:
     """A supervised child process."""
 
-    def __init__(self, spec: ChildSpec, *, report: Report, probe_seconds: float = PROBE_SECONDS) -> None:
+    def __init__(
+        self,
+        spec: ChildSpec,
+        *,
+        report: Report,
+        probe_seconds: float = PROBE_SECONDS,
+        hung_seconds: float = HUNG_SECONDS,
+    ) -> None:
         """Prepare; `start` does the work.
 
         Args:
             spec: What to run.
             report: Called with one line per event.
             probe_seconds: See PROBE_SECONDS.
+            hung_seconds: See HUNG_SECONDS.
         """
         self.spec = spec
         self._probe_seconds = probe_seconds
+        self._hung_seconds = hung_seconds
         self.num_restarts = 0
         """How often it has died and been started again."""
         self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -184,15 +195,17 @@ class Child:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def _kill_if_hung(self, process: Process) -> None:
-        """Kill the process once it fails several liveness checks in a row: stopped, deadlocked, or its engine dead."""
-        failures = 0
+        """Kill the process once it has failed all liveness checks for long: stopped, deadlocked, or its engine dead."""
+        failures, alive_at = 0, time.monotonic()
         async with grpc.aio.insecure_channel(self.spec.address) as channel:
-            while failures < HUNG_PROBES:
+            while failures < HUNG_PROBES or time.monotonic() - alive_at < self._hung_seconds:
                 await asyncio.sleep(self._probe_seconds)
-                alive = await _is_serving(channel, LIVENESS, timeout_seconds=self._probe_seconds)
-                failures = 0 if alive else failures + 1
+                if await _is_serving(channel, LIVENESS, timeout_seconds=self._probe_seconds):
+                    failures, alive_at = 0, time.monotonic()
+                else:
+                    failures += 1
         if process.returncode is None:
-            self._report(f"{self.spec.name} has failed {failures} liveness checks in a row and is killed")
+            self._report(f"{self.spec.name} has failed all liveness checks for {self._hung_seconds:g} s and is killed")
             process.kill()
 
     async def _serve_again(self, timeout_seconds: float) -> None:

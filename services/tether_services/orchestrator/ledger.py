@@ -58,8 +58,12 @@ class Ledger:
         self._clock_ns = clock_ns
         self._leases: dict[str, Lease] = {}
         self._file = LedgerFile(self.state_dir / "ledger.sqlite", busy_seconds=busy_seconds)
-        with self._file.write() as connection:
-            ledger_schema.prepare(connection, self.state_dir)
+        try:
+            with self._file.write() as connection:
+                ledger_schema.prepare(connection, self.state_dir)
+        except BaseException:
+            self._file.close()
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -355,6 +359,11 @@ class Ledger:
         with self._file.read() as connection:
             row = connection.execute(query, values).fetchone()
         return ledger_runs.read_run(row) if row else None
+
+    def recount_steps(self) -> None:
+        """Correct the counts of committed steps that differ from the steps there are."""
+        with self._file.write() as connection:
+            ledger_steps.recount(connection)
 
     def list_steps(
         self, run_id: str, *, first_step: int = 0, limit: int = 1000, pushed_only: bool = False

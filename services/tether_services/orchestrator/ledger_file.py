@@ -54,13 +54,15 @@ class LedgerFile:
         self._busy_seconds = busy_seconds
         self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
         with _named(path):
-            self._writer, self._reader = self._connect(), self._connect()
+            self._writer: sqlite3.Connection | None = self._connect()
+            self._reader = self._connect()
         self.keep_reserve()
 
     def close(self) -> None:
         """Close both connections."""
         with self._write_lock, self._read_lock:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
             self._reader.close()
 
     @contextmanager
@@ -77,23 +79,25 @@ class LedgerFile:
             TetherError: The block raised it, or see `name_sqlite_error`; nothing of the block stays.
         """
         with self._write_lock, _named(self.path):
+            if self._writer is None:
+                self._writer = self._connect()
             connection = self._writer
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:  # whatever happened, nothing of the block may stay
-                self._roll_back()
+                self._roll_back(connection)
                 raise
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
         """Undo what is left of a transaction; of some errors SQLite has undone it already."""
         try:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-        except sqlite3.Error:  # the connection is of no use any more; the error that led here says why
-            self._writer.close()
-            self._writer = self._connect()
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:  # of no use any more; the error that led here says why, and the next write opens another
+            connection.close()
+            self._writer = None
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -151,11 +155,12 @@ def name_sqlite_error(error: sqlite3.Error, path: Path) -> TetherError | None:
             f" recover it: sqlite3 {path.name} .recover"
         )
         return FailedPreconditionError(message, reason="LEDGER_DAMAGED")
-    if code in _UNWRITABLE:
-        message = f"{path} cannot be read or written ({error}): check its permissions, its mount and its disk."
-        return FailedPreconditionError(message, reason="LEDGER_UNWRITABLE")
     if code == sqlite3.SQLITE_CONSTRAINT:
         return AbortedError(f"{path} holds this already ({error}).", reason="LEDGER_CONFLICT")
+    closed = isinstance(error, sqlite3.ProgrammingError) and "closed database" in str(error)
+    if code in _UNWRITABLE or closed or isinstance(error, sqlite3.OperationalError):
+        message = f"{path} cannot be read or written ({error}): check its permissions, its mount and its disk."
+        return FailedPreconditionError(message, reason="LEDGER_UNWRITABLE")
     return None
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "list_states",
     "newest_push",
     "record_push",
+    "recount",
     "retain_checkpoints",
 ]
 
@@ -186,6 +187,12 @@ def list_records(
     )
     rows = connection.execute(query, (run_id, first_step, limit)).fetchall()
     return [StepRecord(row[0], row[1], json.loads(row[2]), json.loads(row[3]), row[4]) for row in rows]
+
+
+def recount(connection: sqlite3.Connection) -> None:
+    """Set the count of committed steps of every run to the number of its steps where it differs."""
+    counted = "(SELECT COUNT(*) FROM steps WHERE steps.run_id = runs.run_id)"
+    connection.execute(f"UPDATE runs SET committed_steps = {counted} WHERE committed_steps != {counted}")
 
 
 def list_states(connection: sqlite3.Connection, run_id: str, *, first_step: int, limit: int) -> list[StepState]:

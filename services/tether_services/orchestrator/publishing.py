@@ -39,14 +39,14 @@ class LocalAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PushFigures:
-    """What bringing an adapter into use took."""
+    """What bringing an adapter into use took. Nothing was sent, checked or loaded if it was there already."""
 
-    transfer_seconds: float
-    verify_seconds: float
-    load_seconds: float
     activate_seconds: float
-    probe_mean_abs_dlogp: float
-    """Trainer against generator on the probes, nats; 0 if the adapter was there already."""
+    transfer_seconds: float | None = None
+    verify_seconds: float | None = None
+    load_seconds: float | None = None
+    probe_mean_abs_dlogp: float | None = None
+    """Trainer against generator on the probes, nats."""
 
 
 class PolicyPublisher:
@@ -204,7 +204,9 @@ def _sha256(active: ActiveAdapter) -> str:
 
 def _figures(result: PushResult | None, push_seconds: float, activate_seconds: float) -> PushFigures:
     """Return the figures of a push; what the generator did not spend on its stages is the transfer."""
-    stages = {stage.name: stage.duration_seconds for stage in result.stages} if result else {}
+    if result is None:
+        return PushFigures(activate_seconds)
+    stages = {stage.name: stage.duration_seconds for stage in result.stages}
     load = stages.pop("load", 0.0)
     verify = sum(stages.values())
     return PushFigures(
@@ -212,5 +214,5 @@ def _figures(result: PushResult | None, push_seconds: float, activate_seconds: f
         verify_seconds=verify,
         load_seconds=load,
         activate_seconds=activate_seconds,
-        probe_mean_abs_dlogp=result.mean_abs_dlogp if result else 0.0,
+        probe_mean_abs_dlogp=result.mean_abs_dlogp,
     )

@@ -232,22 +232,39 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 def open_state(state_dir: Path) -> tuple[Ledger, IO[bytes]]:
     """Return the ledger of a state folder and the lock that keeps a second orchestrator out while it is open.
 
+    The lock comes first: a file that another orchestrator works on is neither upgraded nor corrected.
+
     Raises:
         InvalidArgumentError: Another orchestrator holds the lock, or the folder cannot be written.
+        TetherError: The ledger cannot be used; the message says why.
     """
     try:
-        ledger = Ledger(state_dir)
-        lock = (ledger.state_dir / "lock").open("wb")
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("wb")
     except OSError as error:
         raise InvalidArgumentError(f"Cannot write {state_dir}: {error.strerror}.", field="state_dir") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(lock.fileno(), False)
+        return open_ledger(state_dir), lock
     except BlockingIOError as error:
         lock.close()
         message = f"Another orchestrator uses {state_dir}; choose another folder or stop it."
         raise InvalidArgumentError(message, field="state_dir") from error
-    os.set_inheritable(lock.fileno(), False)
-    return ledger, lock
+    except BaseException:
+        lock.close()
+        raise
+
+
+def open_ledger(state_dir: Path) -> Ledger:
+    """Return the ledger of a state folder, with the counts of committed steps that its steps add up to."""
+    ledger = Ledger(state_dir)
+    try:
+        ledger.recount_steps()
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
 
 
 def step_message(record: StepRecord) -> pb.StepEvent:

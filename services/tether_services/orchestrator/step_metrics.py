@@ -88,6 +88,8 @@ OPTIONAL_METRICS = frozenset(
             "torch_reserved_bytes",
             "torch_peak_allocated_bytes",
         ),
+        # Of an adapter that the generator has already.
+        *("push_transfer_seconds", "push_verify_seconds", "push_load_seconds", "probe_mean_abs_dlogp"),
     }
 )
 """Those that a step may lack."""

@@ -125,16 +125,16 @@ def _span_figures(rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, f
 
 
 def summarise_push(pushed: PushFigures, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return the figures that a push adds to the record of its step.
+    """Return the figures that a push adds to the record of its step; those that were not measured are left out.
 
     Args:
         pushed: What it took.
         seconds: Of the phases of the step, the push included, and of the whole step.
     """
-    figures = asdict(pushed)
-    probe = figures.pop("probe_mean_abs_dlogp")
+    figures = {name: value for name, value in asdict(pushed).items() if value is not None}
+    probe = {name: figures.pop(name) for name in ("probe_mean_abs_dlogp",) if name in figures}
     return {
-        "probe_mean_abs_dlogp": probe,
+        **probe,
         "push_seconds": seconds["push_serialize_seconds"] + seconds["push_seconds"],
         "step_seconds": seconds["step_seconds"],
         **{f"push_{name}": value for name, value in figures.items()},

@@ -31,6 +31,8 @@ FENCED_EXIT_CODE = 3
 """As in worker.py, which is not imported here: another attempt has taken over."""
 _LOOK_SECONDS = 0.5
 """How often a worker is looked at and committed steps are read for the metrics."""
+_LATE_SECONDS = 2 * _LOOK_SECONDS
+"""A look that comes later than this follows a time in which this process, and perhaps the machine, stood still."""
 _MISSED_LEASES = 3.0
 _LAST_PAUSE_SECONDS = 5.0
 STOPPED = "the orchestrator was stopped; resume the run to go on"
@@ -52,12 +54,22 @@ class _End:
 
 
 @dataclass(slots=True)
+class _Course:
+    """Where a run is that is seen to its end."""
+
+    attempt: Attempt
+    next_step: int = 0
+    """The first one that is not shown as metrics yet."""
+
+
+@dataclass(slots=True)
 class _Watch:
     """What is known of a worker from earlier looks at it, on the monotonic clock."""
 
     cancelled_at: float | None = None
     lease_ns: int = 0
     renewed_at: float = 0.0
+    looked_at: float = 0.0
 
 
 class Supervisor:
@@ -75,11 +87,17 @@ class Supervisor:
 
     async def recover(self) -> None:
         """Take care of the run that an earlier orchestrator left unfinished: it goes on, or is FAILED."""
+        left = await asyncio.to_thread(self._ledger.active_run)
+        if left is None and self._settings.auto_resume == "always":
+            left = await asyncio.to_thread(self._ledger.interrupted_run)
+        if left is None:
+            return
+        take_up = partial(self._take_up, left)  # whatever is started meanwhile is not touched
         try:
-            await self._recover()
+            await take_up()
         except (ResourceExhaustedError, UnavailableError) as error:
             log_event(log, "recovery postponed", level=logging.ERROR, error=str(error))
-            self.keep(self._persist(self._recover))
+            self.keep(self._persist(take_up))
 
     async def close(self) -> None:
         """End the workers; their runs are FAILED and can be resumed."""
@@ -90,9 +108,10 @@ class Supervisor:
     async def launch(self, record: Callable[[], Attempt]) -> RunRecord:
         """Record an attempt, start its worker and return the run; not to be cancelled in between."""
         attempt = await asyncio.to_thread(record)
-        run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
-        self.keep(self._supervise(attempt, run.num_committed_steps))
-        return run
+        try:
+            return await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
+        finally:  # it is recorded, so that somebody must look after it even if it cannot be read now
+            self.keep(self._supervise(attempt))
 
     def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run something on its own and hold on to it: the event loop itself does not."""
@@ -101,48 +120,64 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _recover(self) -> None:
-        left = await asyncio.to_thread(self._ledger.active_run)
-        if left is not None:
-            attempt = Attempt(left.run_id, left.epoch, self._ledger.directory(left.run_id))
-            if self._settings.auto_resume == "off":
-                await self._finish(attempt, RunState.FAILED, ORPHANED)
-                return
-            restart = partial(self._restart, attempt, "the orchestrator process ended")
-            following = await asyncio.to_thread(restart)
-        elif self._settings.auto_resume == "always":
-            stopped = await asyncio.to_thread(self._ledger.interrupted_run)
-            following = await asyncio.to_thread(self._ledger.begin_attempt, stopped.run_id) if stopped else None
-        else:
+    async def _take_up(self, left: RunRecord) -> None:
+        """Go on with a run as an earlier orchestrator left it, or end it; do nothing if it is not so any more."""
+        attempt = Attempt(left.run_id, left.epoch, self._ledger.directory(left.run_id))
+        if left.state in FINAL_STATES:
+            following = await asyncio.to_thread(self._begin_again, left)
+        elif self._settings.auto_resume == "off":
+            await self._finish(attempt, RunState.FAILED, ORPHANED)
             return
+        else:
+            following = await asyncio.to_thread(self._restart, attempt, "the orchestrator process ended")
         if following is not None:
             self._note_resume(following, "taken up")
-            run = await asyncio.to_thread(self._ledger.get_run, following.run_id)
-            self.keep(self._supervise(following, run.num_committed_steps))
+            self.keep(self._supervise(following))
 
-    async def _supervise(self, attempt: Attempt, next_step: int) -> None:
-        """See a run to its end and show its steps as metrics."""
+    def _begin_again(self, stopped: RunRecord) -> Attempt | None:
+        """Return another attempt of a run that a stop has ended; None if somebody has resumed it or runs another."""
+        now = self._ledger.interrupted_run()
+        if now is None or (now.run_id, now.epoch) != (stopped.run_id, stopped.epoch) or self._ledger.active_run():
+            return None
+        return self._ledger.begin_attempt(stopped.run_id)
+
+    async def _supervise(self, attempt: Attempt) -> None:
+        """See a run to its end, whatever happens on the way, and show its steps as metrics."""
+        course = _Course(attempt)
         try:
-            await self._show_state(attempt.run_id)
-            next_step = await self._see_to_end(attempt, next_step)
-            await self._show_steps(attempt.run_id, next_step, pushed_only=False)
-            await self._show_state(attempt.run_id)
-        except (TetherError, OSError) as error:  # the ledger cannot be used at all; the health check says so too
-            log_event(log, "run left alone", level=logging.ERROR, run_id=attempt.run_id, error=str(error))
+            await self._persist(partial(self._show_begin, course))
+            await self._see_to_end(course)
+        except Exception as error:  # a defect, or this process ends: no run may stay active with nobody to end it
+            log.error("run given up", exc_info=error)
+            await self._give_up(course.attempt, error)
+        await self._persist(partial(self._show_end, course))
 
-    async def _see_to_end(self, attempt: Attempt, next_step: int) -> int:
-        """Run a worker, and another one after each that died; return the next step to show."""
+    async def _give_up(self, attempt: Attempt, error: Exception) -> None:
+        reason = STOPPED if self._closing else f"[INTERNAL] {type(error).__name__}: {error}"
+        await self._persist(partial(self._finish, attempt, RunState.FAILED, reason, interrupted=self._closing))
+
+    async def _see_to_end(self, course: _Course) -> None:
+        """Run a worker, and another one after each that died."""
         crashes = 0
         while True:
-            first_step = next_step
-            end, next_step = await self._watch(attempt, first_step)
-            following = await self._follow(attempt, end)
+            first_step = course.next_step
+            end = await self._watch(course)
+            following = await self._follow(course.attempt, end)
             if following is None:
-                return next_step
+                return
+            course.attempt = following
             self._note_resume(following, end.reason)
-            crashes = 0 if next_step > first_step else crashes + 1  # without a step in between
+            crashes = 0 if course.next_step > first_step else crashes + 1  # without a step in between
             await asyncio.sleep(_pause(crashes))
-            attempt = following
+
+    async def _show_begin(self, course: _Course) -> None:
+        run = await asyncio.to_thread(self._ledger.get_run, course.attempt.run_id)
+        course.next_step = run.num_committed_steps
+        self._metrics.observe_state(run)
+
+    async def _show_end(self, course: _Course) -> None:
+        await self._show_steps(course, pushed_only=False)
+        await self._show_state(course.attempt.run_id)
 
     async def _show_state(self, run_id: str) -> None:
         self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, run_id))
@@ -151,34 +186,42 @@ class Supervisor:
         self._metrics.resumes.inc()
         log_event(log, "run resumed", level=logging.WARNING, run_id=attempt.run_id, epoch=attempt.epoch, reason=reason)
 
-    async def _watch(self, attempt: Attempt, next_step: int) -> tuple[_End, int]:
-        """Run the worker of an attempt; return how it ended and the next step to show."""
+    async def _watch(self, course: _Course) -> _End:
+        """Run the worker of an attempt and return how it ended."""
+        blocked = await self._persist(partial(asyncio.to_thread, self._end_stale_holder, course.attempt.run_id))
+        if blocked is not None:
+            return blocked
+        worker = asyncio.create_task(self._work(course.attempt))
         try:
-            await asyncio.to_thread(self._end_stale_holder, attempt.run_id)
-        except (TimeoutError, PermissionError) as error:
-            return _End(f"the worker of an earlier attempt is still there: {error}"), next_step
-        worker, watch = asyncio.create_task(self._work(attempt)), _Watch(renewed_at=time.monotonic())
-        ended = None
+            return await self._look_after(worker, course) or worker.result()
+        finally:
+            worker.cancel()  # it has ended, unless an unforeseen error led here
+            await asyncio.wait({worker})
+            self._metrics.show_breakers({})
+
+    async def _look_after(self, worker: asyncio.Task[_End], course: _Course) -> _End | None:
+        """Look at a worker until it is done; return how it was ended, None if it ended by itself."""
+        attempt, started = course.attempt, time.monotonic()
+        watch, ended = _Watch(renewed_at=started, looked_at=started), None
         while not worker.done():
             await asyncio.wait({worker}, timeout=_LOOK_SECONDS)
             try:
-                next_step = await self._show_steps(attempt.run_id, next_step, pushed_only=True)
+                await self._show_steps(course, pushed_only=True)
                 self._metrics.show_breakers(await asyncio.to_thread(read_breakers, attempt.directory))
                 ended = ended or await self._end_if_hung(attempt, worker, watch)
             except (TetherError, OSError) as error:  # of the ledger's disk: the worker may still get through
                 log_event(log, "run not readable", level=logging.ERROR, run_id=attempt.run_id, error=str(error))
-        self._metrics.show_breakers({})
-        return ended or worker.result(), next_step
+        return ended
 
-    def _end_stale_holder(self, run_id: str) -> None:
-        """Kill the worker of an earlier attempt that outlived its orchestrator.
-
-        Raises:
-            TimeoutError: It does not end.
-        """
+    def _end_stale_holder(self, run_id: str) -> _End | None:
+        """Kill the worker of an earlier attempt that outlived its orchestrator; say so if it does not end."""
         lease = self._ledger.get_lease(run_id)
-        if lease is not None and end_holder(lease):
-            log_event(log, "stale worker ended", level=logging.WARNING, run_id=run_id, holder=lease.holder)
+        try:
+            if lease is not None and end_holder(lease):
+                log_event(log, "stale worker ended", level=logging.WARNING, run_id=run_id, holder=lease.holder)
+        except (TimeoutError, PermissionError) as error:
+            return _End(f"the worker of an earlier attempt is still there: {error}")
+        return None
 
     async def _work(self, attempt: Attempt) -> _End:
         """Run the worker of an attempt and return how it ended."""
@@ -198,6 +241,9 @@ class Supervisor:
         now = time.monotonic()
         if lease is None or lease.epoch != attempt.epoch or lease.expires_ns != watch.lease_ns:
             watch.lease_ns, watch.renewed_at = (lease.expires_ns if lease else 0), now
+        elif now - watch.looked_at > _LOOK_SECONDS + _LATE_SECONDS:  # nobody could have seen or given a sign
+            watch.renewed_at = now
+        watch.looked_at = now
         if run.cancel_requested and watch.cancelled_at is None:
             watch.cancelled_at = now
         silence = _MISSED_LEASES * self._settings.lease_seconds
@@ -236,27 +282,27 @@ class Supervisor:
             log_event(log, f"run {state.value.lower()}", level=logging.ERROR, run_id=attempt.run_id, error=error)
 
     async def _persist(self, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do something to the ledger, again and again while its disk is full or another process holds it.
+        """Do something to the ledger, again and again while it cannot be used for whatever reason.
 
         Otherwise a run would stay RUNNING for ever: it could be neither resumed nor replaced by another.
         """
         for number in count():
             try:
                 return await act()
-            except (ResourceExhaustedError, UnavailableError) as error:
-                log_event(log, "ledger not written", level=logging.ERROR, error=str(error))
+            except (TetherError, OSError) as error:
+                log_event(log, "ledger not usable", level=logging.ERROR, error=str(error))
                 if self._closing:  # the next start takes care of it
                     raise
             await asyncio.sleep(_pause(number))
         raise AssertionError("counted without end")
 
-    async def _show_steps(self, run_id: str, first_step: int, *, pushed_only: bool) -> int:
-        """Show the steps committed from a number on as metrics and return the next number."""
+    async def _show_steps(self, course: _Course, *, pushed_only: bool) -> None:
+        """Show the steps committed since the last time as metrics."""
+        run_id, first_step = course.attempt.run_id, course.next_step
         read = partial(self._ledger.list_steps, run_id, first_step=first_step, pushed_only=pushed_only)
-        steps = await asyncio.to_thread(read)
-        for record in steps:
+        for record in await asyncio.to_thread(read):
             self._metrics.observe_step(record)
-        return first_step + len(steps)
+            course.next_step += 1
 
 
 def _pause(number: int) -> float:
@@ -265,9 +311,12 @@ def _pause(number: int) -> float:
 
 
 def read_breakers(directory: Path) -> BreakerStates:
-    """Return what the worker of a run says of the services it calls; empty before it has said anything."""
-    states: BreakerStates = RunFiles(directory).read_json(BREAKERS_FILE) or {}
-    return states
+    """Return what the worker of a run says of the services it calls; empty if that cannot be read."""
+    try:
+        states: object = RunFiles(directory).read_json(BREAKERS_FILE)
+    except (ValueError, OSError):  # a disk error; it is only shown, and no reason to leave the worker alone
+        return {}
+    return states if isinstance(states, dict) else {}
 
 
 def describe_exit(exit_: WorkerExit) -> str:

@@ -16,7 +16,7 @@ from tether.errors import AbortedError, CancelledError, TetherError
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.heartbeat import Heartbeat
 from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.records import Attempt, RunState
+from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunState
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.runtime.child import die_with_parent
 from tether_services.runtime.durable import as_storage_error
@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 FENCED_EXIT_CODE = 3
 """Another attempt has taken over; this one must write nothing."""
 FENCED_REASONS = frozenset({"STALE_EPOCH", "LEASE_LOST", "LEASE_HELD"})
-LEDGER_SECONDS = 60.0
-"""How long a transaction waits for another process before the run fails: a step is worth a wait."""
+LEDGER_LEASES = 2.0
+"""How long a transaction waits for another process, in `lease_seconds`: a step is worth a wait, but a worker that gives
+no sign of life for three leases is ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_process(settings.threads)
     setup_logging("orchestrator", settings.log_level)
     arm("worker", known.epoch)
-    ledger = Ledger(Path(settings.state_dir), busy_seconds=LEDGER_SECONDS)
+    ledger = Ledger(Path(settings.state_dir), busy_seconds=LEDGER_LEASES * settings.lease_seconds)
     attempt = Attempt(known.run_id, known.epoch, ledger.directory(known.run_id))
     try:
         return asyncio.run(run_attempt(settings, ledger, attempt))
@@ -92,15 +93,30 @@ async def _run_to_end(
     except CancelledError:
         return RunState.CANCELLED, ""
     except TetherError as failure:
-        if failure.reason in FENCED_REASONS:
+        if failure.reason in FENCED_REASONS and not _is_newest(ledger, attempt, failure):
             raise
-        return RunState.FAILED, f"[{failure.reason}] {failure.message}"
+        return RunState.FAILED, f"[{failure.reason}] {failure.message}{_way_out(failure, attempt)}"
     except Exception as failure:  # a defect must end the run with its name, not leave it RUNNING
         named = as_storage_error(failure, attempt.directory) if isinstance(failure, OSError) else None
         if named is not None:
             return RunState.FAILED, f"[{named.reason}] {named.message}"
         log.error("unforeseen error", exc_info=failure)
         return RunState.FAILED, f"[INTERNAL] {type(failure).__name__}: {failure}; worker.log has the details"
+
+
+def _is_newest(ledger: Ledger, attempt: Attempt, failure: TetherError) -> bool:
+    """Return whether it was not the ledger that called this attempt over, but the generator."""
+    run = ledger.get_run(attempt.run_id)
+    return failure.reason == "STALE_EPOCH" and run.epoch == attempt.epoch and run.state not in FINAL_STATES
+
+
+def _way_out(failure: TetherError, attempt: Attempt) -> str:
+    if failure.reason != "STALE_EPOCH":
+        return ""
+    return (
+        f" The generator knows later attempts of a run {attempt.run_id!r}, of another state folder: choose another"
+        " run_id, or stop the generator and remove this run from fence.json in its adapters.folder."
+    )
 
 
 async def _train(

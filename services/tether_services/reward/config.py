@@ -93,6 +93,8 @@ class RewardSettings(ServerSettings):
     """Characters of a prompt, of a response and of a conversation at most."""
     forward_tokens: int = Field(default=8192, ge=1)
     """Tokens per forward pass at most, padding counted; a batch is run in several passes where it has more."""
+    rule_seconds: float = Field(default=60.0, gt=0, le=86400)
+    """A rule that takes longer than this for one item is taken to hang: liveness fails."""
     batch: BatchSettings = BatchSettings()
     """How items of many calls are gathered."""
 

@@ -72,6 +72,8 @@ class VllmEngine:
         # One thread for the life of the engine: the child process is told to die with the thread that started it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._numbers = itertools.count()
+        self._num_open = 0
+        """Requests that the engine has not answered yet."""
         self._llm: Any = None
         self._guard: OrphanGuard | None = None
         self._base: LoadedAdapter | None = None
@@ -134,8 +136,15 @@ class VllmEngine:
         await self._llm.remove_lora(adapter.number)
 
     async def check(self) -> None:
-        """Have the engine process compute one token."""
+        """Have the engine process compute one token, or where it has work take a turn.
+
+        A token may wait behind many prompts, or for memory that only the end of a completion frees; a call is answered
+        between two steps of the engine.
+        """
         await self._llm.check_health()
+        if self._num_open:
+            await self._llm.list_loras()
+            return
         await self.compute_logprobs([CHECK_TOKEN_IDS], None)
 
     async def close(self) -> None:
@@ -210,6 +219,7 @@ class VllmEngine:
         lora = None if adapter is None else _lora_request(adapter)
         prompt = {"prompt_token_ids": list(token_ids)}
         final = None
+        self._num_open += 1
         try:
             async for output in self._llm.generate(prompt, params, request_id, lora_request=lora):
                 final = output
@@ -217,6 +227,8 @@ class VllmEngine:
             raise UnavailableError(
                 "The engine has died; the service must be restarted.", reason="ENGINE_DEAD"
             ) from error
+        finally:
+            self._num_open -= 1
         if final is None:
             raise RuntimeError("vLLM ended a request without an answer")
         return final
@@ -237,8 +249,9 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "enable_lora": True,
         "max_loras": MAX_LORAS,
-        # Kept versions, the active one, the one being proven, the zero adapter, and retiring ones that requests still
-        # use. An adapter that is evicted is read from its folder again, which exists as long as it can be named.
+        # Kept versions of one run, the active one, the one being proven, the zero adapter, and retiring ones that
+        # requests still use. Those of other kept runs may be evicted: an adapter that is used again is read from its
+        # folder, which exists as long as it can be named.
         "max_cpu_loras": settings.adapters.keep_versions + 5,
         # Leaves the output layer alone. With it wrapped for LoRA, prompt log-probabilities in a batch of several
         # requests kill the engine of vLLM 0.32 on CPU (add_lora_logits has an index per request, not per row).

@@ -18,7 +18,7 @@ def build_engine(
     if component.engine == "rules":
         from tether_services.reward.engines.rules import RulesEngine
 
-        return RulesEngine(component.function, component.arguments, field=field)
+        return RulesEngine(component.function, component.arguments, rule_seconds=settings.rule_seconds, field=field)
     from tether_services.reward.engines.transformers import TransformersRewardEngine
 
     return TransformersRewardEngine(component.path, settings, field=f"{field}.path" if settings.models else "model")

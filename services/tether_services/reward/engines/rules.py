@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import numbers
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,12 +27,13 @@ Rule = Callable[..., float]
 class RulesEngine:
     """Calls one function per item, in a thread of its own."""
 
-    def __init__(self, function: str, arguments: Mapping[str, Any], *, field: str) -> None:
+    def __init__(self, function: str, arguments: Mapping[str, Any], *, rule_seconds: float, field: str) -> None:
         """Find the function.
 
         Args:
             function: "module:function".
             arguments: Keyword arguments of every call.
+            rule_seconds: A call that takes longer is taken to hang.
             field: Path of the component in the settings, for errors.
 
         Raises:
@@ -41,6 +43,9 @@ class RulesEngine:
         rule = import_rule(function, field=f"{field}.function")
         check_signature(rule, arguments, field=f"{field}.arguments")
         self._rule = partial(rule, **arguments)
+        self._rule_seconds = rule_seconds
+        self._call_started: float | None = None
+        """When the call in progress began; None while there is none."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-rules")
         self.description = EngineDescription(
             engine="rules",
@@ -57,11 +62,20 @@ class RulesEngine:
 
     async def score(self, tasks: Sequence[ScoreTask]) -> list[float | TetherError]:
         """Return what the function gives, or an error; each call is one job, so that `check` fits between."""
-        loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._thread, self._call, task) for task in tasks]
+        return [await self._score_one(task) for task in tasks]
+
+    async def _score_one(self, task: ScoreTask) -> float | TetherError:
+        self._call_started = time.monotonic()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, task)
+        finally:
+            self._call_started = None
 
     async def check(self) -> None:
-        """Return when the thread is free; a function that never returns makes this wait for ever."""
+        """Return when the thread is free, at once in a call that may still be merely slow; else wait for its end."""
+        started = self._call_started
+        if started is not None and time.monotonic() - started < self._rule_seconds:
+            return
         await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
 
     async def close(self) -> None:

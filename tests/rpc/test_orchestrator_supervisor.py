@@ -1,0 +1,201 @@
+"""Whatever fails beside a run, somebody looks after it: it goes on or ends, and never blocks the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.rpc.serving import run
+from tests.rpc.test_orchestrator_service import left_running, world
+from tests.unit.run_inputs import step_record
+from tests.unit.test_ledger_schema import version_of, write_version_1
+from tether.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    TetherError,
+    UnavailableError,
+)
+from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.engines.process import ProcessEngine
+from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.metrics import OrchestratorMetrics
+from tether_services.orchestrator.records import RunState
+from tether_services.orchestrator.remote import BREAKERS_FILE
+from tether_services.orchestrator.service import open_state
+from tether_services.orchestrator.supervisor import Supervisor, _Watch
+
+UNWRITABLE = FailedPreconditionError("no disk", reason="LEDGER_UNWRITABLE")
+
+
+def fail_first(monkeypatch: pytest.MonkeyPatch, name: str, times: int, error: Exception) -> list[str]:
+    """Have a method of the ledger fail a few times; return the list of its failures so far."""
+    real, failures = getattr(Ledger, name), list[str]()
+
+    def method(self: Ledger, *given: Any, **named: Any) -> Any:
+        if len(failures) < times:
+            failures.append(name)
+            raise error
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Ledger, name, method)
+    return failures
+
+
+@pytest.mark.parametrize("error", [UNWRITABLE, OSError(5, "Input/output error")])
+@pytest.mark.parametrize("name", ["restart_attempt", "get_lease", "list_steps"])
+def test_a_ledger_that_fails_for_a_while_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    failures = fail_first(monkeypatch, name, 3, error)
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            await w.client.start_run("dies-1", w.toml)
+            assert (await w.end_of("dies-1")).state == "succeeded"
+            assert failures
+
+    run(scenario())
+
+
+def test_a_run_that_cannot_be_read_once_it_is_recorded_has_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Ledger.create_run
+
+    def create_run(self: Ledger, run_id: str, **given: Any) -> Any:
+        attempt = create(self, run_id, **given)
+        fail_first(monkeypatch, "get_run", 2, UNWRITABLE)
+        return attempt
+
+    monkeypatch.setattr(Ledger, "create_run", create_run)
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            with pytest.raises(TetherError):
+                await w.client.start_run("steps-1", w.toml)
+            assert (await w.end_of("steps-1")).state == "succeeded"
+
+    run(scenario())
+
+
+def test_breakers_that_cannot_be_read_end_no_run(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            folder = tmp_path / "runs" / "dies-1"
+            folder.mkdir()
+            (folder / BREAKERS_FILE).write_text("")
+            await w.client.start_run("dies-1", w.toml)
+            assert (await w.end_of("dies-1")).state == "succeeded"
+
+    run(scenario())
+
+
+def test_a_defect_ends_the_run_and_its_worker_and_blocks_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            with monkeypatch.context() as patched:
+                patched.setattr(OrchestratorMetrics, "observe_step", lambda *given: 1 / 0)
+                await w.client.start_run("hangs-1", w.toml)
+                ended = await w.end_of("hangs-1")
+            assert ended.state == "failed"
+            assert "[INTERNAL] ZeroDivisionError" in ended.error
+            await w.client.start_run("steps-2", w.toml)
+            assert (await w.end_of("steps-2")).state == "succeeded"
+
+    run(scenario())
+
+
+def test_a_recovery_that_was_postponed_leaves_a_run_alone_that_was_started_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether_services.orchestrator.supervisor._pause", lambda number: 1.0)
+
+    async def scenario() -> None:
+        async with world(tmp_path, steps=8) as w:
+            await w.started("slow-1")
+        fail_first(monkeypatch, "begin_attempt", 2, UnavailableError("held", reason="LEDGER_BUSY"))
+        async with world(tmp_path, auto_resume="always", steps=30) as w:
+            await w.started("slow-2")
+            assert (await w.end_of("slow-2")).state == "succeeded"
+            assert {step.epoch for step in await w.client.list_steps("slow-2")} == {1}
+            assert (await w.client.get_run("slow-1")).state == "failed"
+
+    run(scenario())
+
+
+def test_a_recovery_that_was_postponed_takes_the_run_up_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_running(tmp_path)
+    fail_first(monkeypatch, "restart_attempt", 2, UnavailableError("held", reason="LEDGER_BUSY"))
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            assert (await w.end_of("steps-1")).state == "succeeded"
+            assert {step.epoch for step in await w.client.list_steps("steps-1")} == {2}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("seconds_ago", "ends"), [(60.0, False), (0.5, True)])
+def test_time_in_which_nobody_looked_does_not_count_as_silence(tmp_path: Path, seconds_ago: float, ends: bool) -> None:
+    settings, ledger = OrchestratorSettings(lease_seconds=1), Ledger(tmp_path)
+    attempt = ledger.create_run("demo", config_toml="x = 1", total_steps=3)
+    lease = ledger.acquire_lease(attempt, seconds=1)
+    supervisor = Supervisor(settings, ProcessEngine(settings), OrchestratorMetrics(CollectorRegistry()), ledger)
+
+    async def scenario() -> bool:
+        worker: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(60))
+        now = time.monotonic()
+        watch = _Watch(lease_ns=lease.expires_ns, renewed_at=now - 100, looked_at=now - seconds_ago)
+        end = await supervisor._end_if_hung(attempt, worker, watch)
+        worker.cancel()
+        return end is not None
+
+    assert asyncio.run(scenario()) is ends
+
+
+def test_a_ledger_that_another_orchestrator_uses_is_not_upgraded(tmp_path: Path) -> None:
+    write_version_1(tmp_path)
+    with (tmp_path / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InvalidArgumentError, match="Another orchestrator"):
+            open_state(tmp_path)
+        assert version_of(tmp_path) == 0
+    ledger, own = open_state(tmp_path)
+    assert version_of(tmp_path) == 2
+    ledger.close()
+    own.close()
+
+
+def test_a_ledger_that_cannot_be_used_is_let_go_of(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_bytes(b"this is no database" * 1000)
+    with pytest.raises(FailedPreconditionError):
+        open_state(tmp_path)
+    (tmp_path / "ledger.sqlite").unlink()
+    ledger, lock = open_state(tmp_path)
+    ledger.close()
+    lock.close()
+
+
+def test_a_wrong_count_of_committed_steps_is_corrected_at_the_start(tmp_path: Path) -> None:
+    first = Ledger(tmp_path)
+    attempt = first.create_run("demo", config_toml="x = 1", total_steps=3)
+    for step in range(2):
+        first.commit_step(attempt, step_record(step))
+    first.finish(attempt, RunState.FAILED)
+    first.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("UPDATE runs SET committed_steps = 1")
+    connection.close()
+    ledger, lock = open_state(tmp_path)
+    assert ledger.get_run("demo").num_committed_steps == 2
+    ledger.close()
+    lock.close()
