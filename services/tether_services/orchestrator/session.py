@@ -230,7 +230,8 @@ async def check_reward_tokenizer(
     texts = [ScoreItem(prompt.text, prompt.text) for prompt in asked]
     responses = [codec.encode(prompt.text, add_special_tokens=False) for prompt in asked]
     ids = [ScoreItem(prompt_token_ids=p.token_ids, response_token_ids=r) for p, r in zip(asked, responses, strict=True)]
-    if await count_tokens(texts) != await count_tokens(ids):
+    longer = {t - i for t, i in zip(await count_tokens(texts), await count_tokens(ids), strict=True)}
+    if longer not in ({0}, {1}):  # 1: a model that learned from finished texts puts its end token behind a text
         message = (
             f"reward at {services.reward.client.target} reads the policy's token ids with another tokenizer;"
             " serve a reward model that was trained on this policy's base"
