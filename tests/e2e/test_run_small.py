@@ -272,7 +272,7 @@ def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(en
     shutil.copytree(DEMO / "models", tmp_path / "models")
     policy, reward_model = tmp_path / "models" / "policy", tmp_path / "models" / "reward"
     scale = json.loads((reward_model / "tether_reward.json").read_text())
-    (reward_model / "tether_reward.json").write_text(json.dumps(scale | {"ends_text": ends_text}))
+    (reward_model / "tether_reward.json").write_text(json.dumps(scale | {"ends_text": ends_text, "max_length": 40}))
     text = (
         f'model = "{policy}"\nreward_model = "{reward_model}"\nprompts = "{DEMO / "prompts.txt"}"\n'
         "evaluation_count = 8\ntotal_steps = 2\nprompts_per_step = 8\nresponses_per_prompt = 1\n"
