@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -378,8 +379,12 @@ STORY_RULE = [
 ]
 
 
-def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(tmp_path: Path) -> None:
-    policy, reward_model = DEMO / "models" / "policy", DEMO / "models" / "reward"
+@pytest.mark.parametrize("ends_text", [False, True])
+def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(ends_text: bool, tmp_path: Path) -> None:
+    shutil.copytree(DEMO / "models", tmp_path / "models")
+    policy, reward_model = tmp_path / "models" / "policy", tmp_path / "models" / "reward"
+    scale = json.loads((reward_model / "tether_reward.json").read_text())
+    (reward_model / "tether_reward.json").write_text(json.dumps(scale | {"ends_text": ends_text, "max_length": 40}))
     text = (
         f'model = "{policy}"\nreward_model = "{reward_model}"\nprompts = "{DEMO / "prompts.txt"}"\n'
         "evaluation_count = 8\ntotal_steps = 2\nprompts_per_step = 8\nresponses_per_prompt = 1\n"

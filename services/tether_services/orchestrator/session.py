@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 _PROBES = 4
 _PROBE_TOKENS = 64
 
+COMPARED_CHARACTERS = 32
+"""Of a prompt, to compare tokenizers by: so few that no reward model has to cut them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -254,7 +257,8 @@ async def check_reward_tokenizer(
 ) -> None:
     """Refuse a reward model that reads the policy's token ids as another text: its scores would be of nonsense.
 
-    A few prompts are scored as text and as the policy's ids; the policy's own tokenizer gives as many tokens for both.
+    The beginnings of a few prompts are scored as text and as the policy's ids; the policy's own tokenizer gives as many
+    tokens for both, or one more for each text.
     Engines that read no tokens of a model (rules, fake) are not asked.
 
     Raises:
@@ -268,11 +272,17 @@ async def check_reward_tokenizer(
         result = await services.reward.call(lambda client: client.score(items, model=config.score_model))
         return [item.token_count for item in result.scores]
 
-    asked = prompts[: model.max_items]
-    texts = [ScoreItem(prompt.text, prompt.text) for prompt in asked]
-    responses = [codec.encode(prompt.text, add_special_tokens=False) for prompt in asked]
-    ids = [ScoreItem(prompt_token_ids=p.token_ids, response_token_ids=r) for p, r in zip(asked, responses, strict=True)]
-    if await count_tokens(texts) != await count_tokens(ids):
+    asked = [prompt.text[:COMPARED_CHARACTERS] for prompt in prompts[: model.max_items]]
+    texts = [ScoreItem(text, text) for text in asked]
+    ids = [
+        ScoreItem(
+            prompt_token_ids=codec.encode(text, add_special_tokens=True),
+            response_token_ids=codec.encode(text, add_special_tokens=False),
+        )
+        for text in asked
+    ]
+    longer = {t - i for t, i in zip(await count_tokens(texts), await count_tokens(ids), strict=True)}
+    if longer not in ({0}, {1}):  # 1: a model that learned from finished texts puts its end token behind a text
         message = (
             f"reward at {services.reward.client.target} reads the policy's token ids with another tokenizer;"
             " serve a reward model that was trained on this policy's base"
