@@ -83,8 +83,8 @@ async def reward(batch: dict[str, Any]) -> AsyncIterator[Call]:
         async def call(seed: int, count: int) -> object:
             rng = random.Random(seed)
             items = [
-                ScoreItem(prompt_token_ids=token_ids(rng, 2, 20), response_token_ids=token_ids(rng, 3, 30))
-                for _ in range(count)
+                ScoreItem(prompt_token_ids=token_ids(rng, 2, 40), response_token_ids=token_ids(rng, 3, 200))
+                for _ in range(3 * count)
             ]
             return [item.raw_score for item in (await client.score(items)).scores]
 
@@ -119,7 +119,7 @@ def test_b5_calls_that_share_a_batch_do_change_each_others_bits(service: Callabl
     """The control: otherwise the setting would be of no use, or the test above of no worth."""
 
     async def main() -> None:
-        async with service({"mix_calls": True, "max_delay_seconds": 0.05}) as call:
+        async with service({"mix_calls": True, "max_delay_seconds": 0.3}) as call:
             alone, crowded = await answers_in_company(call)
         assert any(answer != alone for answer in crowded)
 
