@@ -74,7 +74,7 @@ if wants rankings && [[ -n $rankings ]]; then # long answers, few prompts: cut a
   train reward "$out/reward-rankings" "base='$out/sft'" "data.sources=['$rankings']" overlong=truncate max_tokens=384 \
     data.validation_fraction=0.2
 fi
-if wants ppo && ! compgen -G "$out/ppo/*/report.json" >/dev/null; then
+if wants ppo && ! grep -qs '"state": "SUCCEEDED"' "$out"/ppo/*/report.json; then
   tether data prompts "$pairs" --tokenizer "$out/sft" --template dialogue --max-tokens 192 --output "$out/prompts.jsonl"
   "ppo_$scale"
 fi
