@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the two packaged demo models again with the project's own commands, about 30 minutes on two cores.
+# Train the two packaged demo models again with the project's own commands, about 30 minutes on one core.
 #
 # usage: scripts/train_demo_models.sh [DATA_FOLDER]
 #

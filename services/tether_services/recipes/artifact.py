@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 import tether_services
-from tether_services.recipes.config import DataConfig, StageConfig
+from tether_services.recipes.config import DataConfig, PretrainConfig, StageConfig
 from tether_services.recipes.data.hub import find_revision
 from tether_services.recipes.data.rows import is_file_name
 from tether_services.runtime.content_hash import hash_file, hash_model_folder, hash_tokenizer
@@ -52,7 +52,7 @@ def describe_beginning(stage: str, config: StageConfig, *, parent: Path | None) 
     Raises:
         InvalidArgumentError: The parent is no model folder.
     """
-    reused = getattr(config, "tokenizer", None)
+    reused = config.tokenizer if isinstance(config, PretrainConfig) else None
     return {
         "stage": stage,
         "config": portable(config),
