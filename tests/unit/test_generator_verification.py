@@ -17,7 +17,14 @@ from safetensors.numpy import save
 from tests.rpc.adapter_files import fake_adapter, fake_tensors, peft_config
 from tether.errors import FailedPreconditionError
 from tether_services.generator.engines.fake import FAKE_LINEAR_SHAPES
-from tether_services.generator.proof import check_claim, check_effect, default_tolerance
+from tether_services.generator.proof import (
+    check_base,
+    check_change,
+    check_claim,
+    check_effect,
+    default_tolerance,
+    trainer_change,
+)
 from tether_services.generator.uploads import DeclaredFile, Probe, split_at_files
 from tether_services.generator.verification import (
     AdapterShape,
@@ -254,6 +261,29 @@ def test_an_engine_that_computes_nonsense_proves_nothing() -> None:
     nan = float("nan")
     trained = [probe([-1.0], [-1.4])]
     assert reason_of(check_effect, [nan], [-1.4], trained, differs=True, tolerance=1e-3) == "EFFECT_TOO_SMALL"
+
+
+def test_a_version_shows_more_than_a_hundredth_of_the_change_that_its_trainer_saw() -> None:
+    before = [-1.0, -2.0]
+    check_change([-1.002, -2.0], before, seen=0.099)  # 0.001 on average
+    for served in (before, [-1.002, -2.0]):
+        assert reason_of(check_change, served, before, seen=0.101) == "SAME_AS_BEFORE"
+
+
+def test_the_change_that_a_trainer_saw_is_known_where_the_probes_are_of_the_same_tokens() -> None:
+    new, old = probe([-1.0, -2.0], []), probe([-1.5, -2.1], [])
+    assert trainer_change([new], [old]) == pytest.approx(0.3)
+    assert trainer_change([new, new], [old]) is None
+    assert trainer_change([new], [Probe((2, 1, 0), (-1.5, -2.1))]) is None
+
+
+def test_a_base_that_has_changed_is_noticed_beyond_the_rounding_of_its_type() -> None:
+    before = [-1.0, -2.0]
+    check_base([-1.00019, -2.0], before, dtype="float32")
+    assert reason_of(check_base, [-1.00021, -2.0], before, dtype="float32") == "BASE_CHANGED"
+    check_base([-1.09, -2.0], before, dtype="bfloat16")
+    assert reason_of(check_base, [-1.11, -2.0], before, dtype="bfloat16") == "BASE_CHANGED"
+    assert reason_of(check_base, [float("nan"), -2.0], before, dtype="float32") == "BASE_CHANGED"
 
 
 def test_tolerance_depends_on_the_type_of_the_weights() -> None:

@@ -250,7 +250,7 @@ class AdapterClient(ServiceClient):
         token = ""
         while True:
             request = adapter_pb2.ListAdaptersRequest(page_token=token)
-            page = await self._call(self._stub.ListAdapters, request, timeout_seconds)
+            page = await self._read(self._stub.ListAdapters, request, timeout_seconds)
             adapters += [_adapter(adapter) for adapter in page.adapters]
             token = page.next_page_token
             if not token:
@@ -259,7 +259,7 @@ class AdapterClient(ServiceClient):
     async def get_active_adapter(self, *, timeout_seconds: float | None = None) -> ActiveAdapter:
         """Return what the generator serves now."""
         request = adapter_pb2.GetActiveAdapterRequest()
-        response = await self._call(self._stub.GetActiveAdapter, request, timeout_seconds)
+        response = await self._read(self._stub.GetActiveAdapter, request, timeout_seconds)
         adapter = _adapter(response.adapter) if response.HasField("adapter") else None
         return ActiveAdapter(response.run_id, response.policy_version, adapter)
 

@@ -1,4 +1,4 @@
-"""`tether adapter push`: a trained adapter into a serving generator, with the proof that it arrived."""
+"""`tether adapter`: its arguments, and `push`: a trained adapter into a serving generator, proven to have arrived."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tether.adapter import ADAPTER_FILES, AdapterClient, AdapterProbe, AdapterPush
 from tether.errors import InvalidArgumentError
+from tether_services.cli.adapter_lifecycle import PUSHED_RUN, activate, check_owner, list_stored, roll_back, switch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 CONFIG_NAME, WEIGHTS_NAME = ADAPTER_FILES
-RUN_ID = "pushed"
-"""The run that adapters belong to which no training run pushed."""
 EPOCH = 1
-"""Of the run's writer: there is one command at a time."""
+"""Of the writer of a run that no training run writes: there is one command at a time."""
 PROBE_TEXTS = (
     "Once upon a time there was a little dog that wanted to see the sea.",
     "The committee will meet on Tuesday to decide how the money is spent.",
@@ -32,20 +31,45 @@ PROBE_TEXTS = (
 )
 """Ordinary text: the log-probabilities of unlikely tokens differ more from one arithmetic to another."""
 PROBE_TOKENS = 48
+DTYPES = ("float32", "bfloat16", "float16")
 DESCRIPTION = """\
 Push a LoRA adapter (PEFT) into a serving generator: the folder that `tether train dpo` wrote, the folder `adapter` of
 `tether train sft`, or `adapters/NNNNNN` of a PPO run.
 
 The generator verifies the files, loads the adapter and proves it: its log-probabilities of a few texts must be those
 that base and adapter give here. Requests in flight keep the version they began with. The adapter is then activated,
-unless --no-activate is given; a training run that uses the generator would lose it to this adapter and fail.
+unless --no-activate is given; under a run that is being trained on the generator only with --take.
+"""
+EXPORT_DESCRIPTION = """\
+Write an adapter as a folder that transformers, PEFT and vLLM load: its two files, naming the base, or with --merged the
+weights of the base with the adapter in them, and the tokenizer.
+
+SOURCE is the folder of an adapter, or RUN or RUN@VERSION of the runs in --state-dir (the last committed version where
+none is given). Nothing is written over; OUTPUT appears whole or not at all.
 """
 
 
 def add_adapter(commands: Commands) -> None:
-    """Add `tether adapter push` to the command."""
-    parser = commands.add_parser("adapter", help="push a trained adapter", description="Push a trained adapter.")
+    """Add `tether adapter` to the command."""
+    text = "list, push, activate, roll back and export adapters"
+    parser = commands.add_parser("adapter", help=text, description=f"{text.capitalize()}.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
+    _add_list(actions)
+    _add_push(actions)
+    _add_activate(actions)
+    _add_rollback(actions)
+    _add_export(actions)
+
+
+def _add_list(actions: Commands) -> None:
+    text = "list the stored adapters of a generator, and what it serves"
+    inner = actions.add_parser("list", help=text, description=f"{text.capitalize()}.")
+    inner.add_argument("--json", action="store_true", help="print JSON")
+    _add_generator(inner)
+    inner.set_defaults(run=list_stored)
+
+
+def _add_push(actions: Commands) -> None:
     inner = actions.add_parser(
         "push",
         help="bring an adapter into a serving generator",
@@ -54,27 +78,101 @@ def add_adapter(commands: Commands) -> None:
     )
     inner.add_argument("folder", type=Path, metavar="FOLDER", help=f"holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     inner.add_argument(
-        "--generator",
-        default="127.0.0.1:50061",
-        metavar="HOST:PORT",
-        help="adapter port of the generator, its admin_address (127.0.0.1:50061)",
-    )
-    inner.add_argument(
         "--base", metavar="MODEL", help="base that it was trained on, folder or hub name; what the adapter says else"
     )
-    inner.add_argument("--run-id", default=RUN_ID, metavar="ID", help=f"run that it is stored under ({RUN_ID})")
+    inner.add_argument("--run-id", default=PUSHED_RUN, metavar="ID", help=f"run that it is stored under ({PUSHED_RUN})")
     inner.add_argument(
         "--policy-version", type=int, metavar="N", help="its version in that run, 1 or more; the next free one else"
     )
     inner.add_argument(
         "--activate", action=argparse.BooleanOptionalAction, default=True, help="serve it from now on (yes)"
     )
-    inner.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
+    _add_generator(inner)
+    _add_take(inner)
     inner.set_defaults(run=push)
+
+
+def _add_activate(actions: Commands) -> None:
+    text = "serve a stored version from now on"
+    inner = actions.add_parser("activate", help=text, description=f"{text.capitalize()}.")
+    inner.add_argument("run_id", metavar="RUN")
+    inner.add_argument("policy_version", type=int, metavar="VERSION", help="0 is the base model")
+    _add_writer(inner)
+    inner.set_defaults(run=activate)
+
+
+def _add_rollback(actions: Commands) -> None:
+    text = "serve the newest stored version below the active one"
+    inner = actions.add_parser("rollback", help=text, description=f"{text.capitalize()}.")
+    inner.add_argument("run_id", metavar="RUN", help="the run that is served now")
+    _add_writer(inner)
+    inner.set_defaults(run=roll_back)
+
+
+def _add_export(actions: Commands) -> None:
+    inner = actions.add_parser(
+        "export",
+        help="write an adapter for transformers, PEFT and vLLM, or merged into its base",
+        description=EXPORT_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inner.add_argument("source", metavar="SOURCE", help="adapter folder, RUN or RUN@VERSION")
+    inner.add_argument("output", type=Path, metavar="OUTPUT", help="folder to be made")
+    inner.add_argument("--merged", action="store_true", help="write full weights and the tokenizer")
+    inner.add_argument(
+        "--base", metavar="MODEL", help="folder or hub name of the base; what adapter or run says otherwise"
+    )
+    inner.add_argument(
+        "--dtype", choices=DTYPES, help="numeric type of the written weights; that of adapter or base otherwise"
+    )
+    inner.add_argument("--state-dir", type=Path, default=Path("runs"), metavar="DIR", help="holds the runs (runs)")
+    inner.set_defaults(run=_export)
+
+
+def _add_generator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--generator",
+        default="127.0.0.1:50061",
+        metavar="HOST:PORT",
+        help="adapter port of the generator, its admin_address (127.0.0.1:50061)",
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
+
+
+def _add_take(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--take", action="store_true", help="also from a run that is being trained on the generator, which it disturbs"
+    )
+    parser.add_argument(
+        "--orchestrator",
+        default="127.0.0.1:50054",
+        metavar="HOST:PORT",
+        help="whom to ask whether the run is being trained that owns the generator (127.0.0.1:50054)",
+    )
+
+
+def _add_writer(parser: argparse.ArgumentParser) -> None:
+    _add_generator(parser)
+    _add_take(parser)
+    parser.add_argument(
+        "--epoch",
+        type=int,
+        default=EPOCH,
+        metavar="N",
+        help="act as this attempt of the run's training; with a higher one than its own that is locked out (1)",
+    )
+
+
+def _export(known: argparse.Namespace) -> int:
+    from tether_services.cli.adapter_export import export
+
+    return export(known)
 
 
 def push(known: argparse.Namespace) -> int:
     """Push an adapter, activate it if wanted, print its version, and return 0.
+
+    With a run that is being trained in the way, nothing is pushed.
 
     Raises:
         InvalidArgumentError: The folder holds no LoRA adapter, its base is not to be found, or the version is below 1.
@@ -84,11 +182,11 @@ def push(known: argparse.Namespace) -> int:
     if known.policy_version is not None and known.policy_version < 1:
         message = f"{known.policy_version} is no version of an adapter; they begin at 1, and 0 is the base alone"
         raise InvalidArgumentError(message, field="policy_version")
-    config = _read_config(known.folder)
+    config = read_adapter_config(known.folder)
     return asyncio.run(_push(known, config))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json of a LoRA adapter whose weights are there."""
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
@@ -106,6 +204,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
     async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
+        if known.activate:
+            active = await client.get_active_adapter()
+            await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
         version = known.policy_version or await _choose_version(client, known.run_id, known.folder)
         # The generator is there; only now load the model, which takes long.
         declared = await asyncio.to_thread(_declare, known, config, version)
@@ -116,7 +217,8 @@ async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
             file=sys.stderr,
         )
         if known.activate:
-            await _activate(client, known.run_id, version)
+            active = await client.get_active_adapter()
+            await switch(client, known.run_id, version, active=active, epoch=EPOCH)
     print(version)
     return 0
 
@@ -209,17 +311,3 @@ def _logprobs(model: Any, token_ids: Sequence[int]) -> list[float]:
         table = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
     values: list[float] = table.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
     return values
-
-
-async def _activate(client: AdapterClient, run_id: str, version: int) -> None:
-    """Have new requests use a pushed version; what was served before is named on stderr."""
-    active = await client.get_active_adapter()
-    await client.activate(
-        run_id,
-        version,
-        expected_run_id=active.run_id,
-        expected_policy_version=active.policy_version,
-        epoch=EPOCH,
-    )
-    before = f"version {active.policy_version} of run {active.run_id}" if active.run_id else "the base model"
-    print(f"active; {before} was served before", file=sys.stderr)

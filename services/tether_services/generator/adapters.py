@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from tether_services.generator.metrics import GeneratorMetrics
 from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Declaration
 from tether_services.runtime.fault_points import reach
+from tether_services.runtime.history import record
 from tether_services.runtime.logging import log_event
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ class Active:
     """The run that owns the generator; empty before the first activation."""
     policy_version: int = 0
     """Its active version; 0 is the base model."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return (run_id, policy_version)."""
+        return self.run_id, self.policy_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class AdapterVersion:
     created: float = field(default_factory=time.time)
     """Unix time of the commit."""
     request_count: int = 0
-    """Requests in flight that use it."""
+    """Requests in flight that use it, and a proof that compares with it."""
     retiring: bool = False
     """True once new requests are refused."""
     unloading: bool = False
@@ -90,9 +96,11 @@ class AdapterRegistry:
         storage: AdapterStorage,
         metrics: GeneratorMetrics,
         *,
+        name: str,
         keep_versions: int,
         keep_runs: int,
     ) -> None:
+        self._name = name
         self._engine = engine
         self._storage = storage
         self._metrics = metrics
@@ -101,6 +109,8 @@ class AdapterRegistry:
         self._versions: dict[int, AdapterVersion] = {}
         self._disposals: set[asyncio.Task[None]] = set()
         self.active = Active()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after a version was added or the active one has changed."""
 
     def find(self, run_id: str, policy_version: int) -> AdapterVersion | None:
         """Return a version that requests may use; None if there is none. One that is being retired does not count."""
@@ -113,12 +123,38 @@ class AdapterRegistry:
 
     def is_active(self, version: AdapterVersion) -> bool:
         """Return whether requests without a pin use it."""
-        return version is self.find(self.active.run_id, self.active.policy_version)
+        return version is self.find(*self.active.key)
+
+    @property
+    def holds_active(self) -> bool:
+        """Return whether the active version is there, as it always is but after some restarts."""
+        return self.active.policy_version == 0 or self.find(*self.active.key) is not None
 
     def pinnable_versions(self) -> list[int]:
         """Return the versions of the active run that a request may name, ascending, 0 included."""
         own = (v.declaration for v in self._versions.values() if not v.retiring)
         return sorted({0, *(d.policy_version for d in own if d.run_id == self.active.run_id)})
+
+    @contextmanager
+    def hold_before(self, run_id: str, policy_version: int) -> Iterator[AdapterVersion | None]:
+        """Keep the newest version of a run below a number loaded until the block ends; None if there is none."""
+        own = [v for v in self._versions.values() if v.declaration.run_id == run_id and not v.retiring]
+        below = [version for version in own if version.declaration.policy_version < policy_version]
+        version = max(below, key=lambda version: version.declaration.policy_version, default=None)
+        if version is None:
+            yield None
+            return
+        with self._used(version):
+            yield version
+
+    @contextmanager
+    def _used(self, version: AdapterVersion) -> Iterator[None]:
+        version.request_count += 1
+        try:
+            yield
+        finally:
+            version.request_count -= 1
+            self._dispose_if_idle(version)
 
     @contextmanager
     def lease(self, *, run_id: str, policy_version: int | None) -> Iterator[Policy]:
@@ -145,12 +181,8 @@ class AdapterRegistry:
         version = self.find(self.active.run_id, wanted)
         if version is None:
             raise self._missing(wanted, pinned=policy_version is not None)
-        version.request_count += 1
-        try:
+        with self._used(version):
             yield Policy(version.adapter.run_id, wanted, version.adapter)
-        finally:
-            version.request_count -= 1
-            self._dispose_if_idle(version)
 
     def _missing(self, version: int, *, pinned: bool) -> TetherError:
         if pinned:
@@ -165,9 +197,18 @@ class AdapterRegistry:
             reason="ADAPTER_MISSING",
         )
 
-    def add(self, version: AdapterVersion) -> None:
-        """Take a proven version in; the oldest ones may have to go."""
+    def add(self, version: AdapterVersion, *, epoch: int | None = None) -> None:
+        """Take a proven version in; the oldest ones may have to go.
+
+        Args:
+            version: Serves at once if it is what was active before a restart.
+            epoch: Of the writer that pushed it; None for one that was stored.
+        """
         self._versions[version.adapter.number] = version
+        self._record("proven", version.declaration.key, version.adapter.sha256)
+        if self.is_active(version):
+            self._record_active(epoch)
+        self.on_change()
         self._retire_old()
 
     def check_activation(self, wanted: Active, expected: Active) -> None:
@@ -209,12 +250,29 @@ class AdapterRegistry:
             )
         return Active(self.active.run_id, below[-1])
 
-    def switch(self, wanted: Active) -> None:
-        """Have requests without a pin use a version from now on."""
+    def switch(self, wanted: Active, *, epoch: int | None = None) -> None:
+        """Have requests without a pin use a version from now on.
+
+        Args:
+            wanted: What to use; not loaded yet only where `epoch` is None.
+            epoch: Of the writer that wants it; None for what was active before a restart.
+        """
         self.active = wanted
+        if epoch is not None:
+            self._record_active(epoch)
+        self.on_change()
         self._metrics.policy_version.set(wanted.policy_version)
         log_event(log, "adapter activated", run_id=wanted.run_id, policy_version=wanted.policy_version)
         self._retire_old()
+
+    def _record_active(self, epoch: int | None) -> None:
+        version = self.find(*self.active.key)
+        writer = {} if epoch is None else {"epoch": epoch}
+        sha256 = version.adapter.sha256 if version else ""
+        self._record("activated", self.active.key, sha256, **writer)
+
+    def _record(self, kind: str, key: tuple[str, int], sha256: str, **more: int) -> None:
+        record(kind, generator=self._name, run=key[0], policy_version=key[1], sha256=sha256, **more)
 
     def delete(self, run_id: str, policy_version: int) -> None:
         """Retire a version.

@@ -89,18 +89,22 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[adapter_pb2.PushChunksRequest], context: Context
     ) -> adapter_pb2.PushChunksResponse:
         """Take bytes in."""
-        upload: Upload | None = None
-        async for chunk in request_iterator:
-            if upload is None:
-                upload = self._uploads.get(chunk.upload_id)
-            elif chunk.upload_id != upload.upload_id:
-                raise InvalidArgumentError("All chunks of a stream are of one upload.", field="upload_id")
-            check_range(len(chunk.data), field="data", low=1, high=MAX_CHUNK_BYTES)
-            check_range(chunk.offset, field="offset", low=0, high=self._max_bytes)
-            await self._uploads.write(upload, Chunk(chunk.offset, chunk.data, chunk.crc32, chunk.stream))
-        if upload is None:
+        first = await anext(request_iterator, None)
+        if first is None:
             raise InvalidArgumentError("The stream holds no chunk.", field="upload_id")
-        return adapter_pb2.PushChunksResponse(committed_offset=await self._uploads.sync(upload))
+        upload = self._uploads.get(first.upload_id)
+        with upload.streamed():
+            await self._write(upload, first)
+            async for chunk in request_iterator:
+                await self._write(upload, chunk)
+            return adapter_pb2.PushChunksResponse(committed_offset=await self._uploads.sync(upload))
+
+    async def _write(self, upload: Upload, chunk: adapter_pb2.PushChunksRequest) -> None:
+        if chunk.upload_id != upload.upload_id:
+            raise InvalidArgumentError("All chunks of a stream are of one upload.", field="upload_id")
+        check_range(len(chunk.data), field="data", low=1, high=MAX_CHUNK_BYTES)
+        check_range(chunk.offset, field="offset", low=0, high=self._max_bytes)
+        await self._uploads.write(upload, Chunk(chunk.offset, chunk.data, chunk.crc32, chunk.stream))
 
     async def CommitPush(
         self, request: adapter_pb2.CommitPushRequest, context: Context

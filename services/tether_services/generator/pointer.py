@@ -80,7 +80,7 @@ class ActivePointer:
             except BaseException:  # what was written must not outlive the refusal
                 await self._write(previous)
                 raise
-            self._registry.switch(wanted)
+            self._registry.switch(wanted, epoch=epoch)
             return previous.policy_version
 
     async def _write(self, active: Active) -> None:

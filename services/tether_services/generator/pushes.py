@@ -23,7 +23,7 @@ from tether_services.generator.engine import EngineDescription, LoadedAdapter
 from tether_services.generator.fence import Fence
 from tether_services.generator.manifest import Manifest, write_manifest
 from tether_services.generator.metrics import GeneratorMetrics
-from tether_services.generator.proof import Prover, Stopwatch
+from tether_services.generator.proof import Candidate, Prover, Stopwatch
 from tether_services.generator.storage import reporting_full_disk
 from tether_services.generator.uploads import Declaration, Upload, Uploads
 from tether_services.generator.verification import (
@@ -85,12 +85,24 @@ class AdapterPushes:
         """Begin, at the cost of versions of runs that neither are active nor push now."""
         while True:
             try:
-                return self._uploads.begin(declaration, epoch=epoch)
+                upload = await self._uploads.begin(declaration, epoch=epoch)
             except ResourceExhaustedError as error:
-                missing = self._uploads.missing_bytes(declaration) if error.reason == "STORAGE_FULL" else 0
+                missing = await self._uploads.missing_bytes(declaration) if error.reason == "STORAGE_FULL" else 0
                 if missing <= 0 or not await self._registry.make_room(missing, run_id=declaration.run_id):
                     raise
                 self._fence.check(declaration.run_id, epoch)
+            else:
+                return self._still_wanted(upload, epoch)
+
+    def _still_wanted(self, upload: Upload, epoch: int) -> Upload:
+        """Return an upload; drop it if a newer writer came meanwhile and does not want it."""
+        try:
+            self._fence.check(upload.declaration.run_id, epoch)
+        except AbortedError:
+            if upload.epoch == epoch and not upload.committing:
+                self._uploads.forget(upload)
+            raise
+        return upload
 
     async def commit(self, upload_id: str, *, epoch: int) -> AdapterVersion:
         """Return the proven adapter of an upload, doing the work at most once. Goes on if the caller leaves.
@@ -132,10 +144,10 @@ class AdapterPushes:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._uploads.settle()
 
     def _finish(self, upload: Upload, task: asyncio.Task[AdapterVersion]) -> None:
         self._commits.pop(upload.upload_id, None)
-        self._uploads.forget(upload)
         error = None if task.cancelled() else task.exception()
         refused = isinstance(error, FailedPreconditionError | AbortedError)
         result = "ok" if error is None else "refused" if refused else "failed"
@@ -149,26 +161,34 @@ class AdapterPushes:
         log_event(log, "adapter push", result=result, **fields)
 
     async def _commit(self, upload: Upload) -> AdapterVersion:
+        try:
+            async with self._turn:
+                return await self._take_in(upload)
+        finally:
+            await self._uploads.drop(upload)
+
+    async def _take_in(self, upload: Upload) -> AdapterVersion:
         watch = Stopwatch(lambda stage, seconds: self._metrics.push_seconds.labels(stage).observe(seconds))
         declaration = upload.declaration
-        async with self._turn:
-            config = await asyncio.to_thread(verify_files, upload, self._prover.description, watch)
-            _reach("push.verified")
-            created = time.time()
-            with watch.stage("store"):
-                folder = await asyncio.to_thread(self._store, upload, config, created)
-            adapter = self._name(declaration, folder)
-            try:
-                _reach("push.stored")
-                mean = await self._prover.load(adapter, declaration, watch, lambda: self._check_still(upload))
-            except BaseException:  # cancellation too must leave nothing behind
-                await asyncio.to_thread(self._uploads.storage.remove, folder)
-                raise
-            result = PushResult(tuple(watch.seconds), mean)
-            version = AdapterVersion(adapter, declaration, upload.upload_id, result, created)
-            self._registry.add(version)
-            self._metrics.adapter_bytes.set(declaration.size_bytes)
-            return version
+        config = await asyncio.to_thread(verify_files, upload, self._prover.description, watch)
+        _reach("push.verified")
+        created = time.time()
+        with watch.stage("store"):
+            folder = await asyncio.to_thread(self._store, upload, config, created)
+        adapter = self._name(declaration, folder)
+        try:
+            _reach("push.stored")
+            with self._registry.hold_before(*declaration.key) as before:
+                candidate = Candidate(adapter, declaration, before)
+                mean = await self._prover.load(candidate, watch, lambda: self._check_still(upload))
+        except BaseException:  # cancellation too must leave nothing behind
+            await asyncio.to_thread(self._uploads.storage.remove, folder)
+            raise
+        result = PushResult(tuple(watch.seconds), mean)
+        version = AdapterVersion(adapter, declaration, upload.upload_id, result, created)
+        self._registry.add(version, epoch=upload.epoch)
+        self._metrics.adapter_bytes.set(declaration.size_bytes)
+        return version
 
     def _check_still(self, upload: Upload) -> None:
         """Refuse what became wrong while it was verified."""
@@ -214,7 +234,8 @@ class AdapterPushes:
         if declaration.rank > description.max_lora_rank:
             raise refuse(f"its rank {declaration.rank} is above adapters.max_rank.", reason="RANK_TOO_LARGE")
         watch, adapter = Stopwatch(lambda stage, seconds: None), self._name(declaration, folder)
-        mean = await self._prover.load(adapter, declaration, watch, lambda: None)
+        with self._registry.hold_before(*declaration.key) as before:
+            mean = await self._prover.load(Candidate(adapter, declaration, before), watch, lambda: None)
         result = PushResult(tuple(watch.seconds), mean)
         self._registry.add(AdapterVersion(adapter, declaration, manifest.upload_id, result, manifest.created))
 

@@ -26,10 +26,13 @@ from tether_services.generator.restoring import restore_versions
 from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Uploads
 from tether_services.runtime.checks import check_name, check_range, check_temperature, check_text, check_token_ids
+from tether_services.runtime.history import record
 from tether_services.runtime.server import Fallible, Port
 from tether_services.runtime.text import Message, check_message_count, check_messages
 
 GENERATOR_NAME = generator_pb2.DESCRIPTOR.services_by_name["GeneratorService"].full_name
+ADAPTER_HEALTH = f"{GENERATOR_NAME}/adapter"
+"""Health name: NOT_SERVING while the version that was active before a restart is not loaded and proven again."""
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
 MAX_STOP_TOKEN_IDS = 64
@@ -59,22 +62,18 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
             self.engine,
             self.storage,
             self.metrics,
+            name=settings.admin_address,
             keep_versions=settings.adapters.keep_versions,
             keep_runs=settings.adapters.keep_runs,
         )
         fence, uploads = Fence(), Uploads(self.storage, expire_seconds=settings.adapters.upload_seconds)
+        self._prover = Prover(self.engine, tolerance=settings.adapters.prove_tolerance)
         self._parts = AdapterParts(
             self.adapters,
             fence,
             ActivePointer(self.adapters, fence, self.metrics),
             uploads,
-            AdapterPushes(
-                Prover(self.engine, tolerance=settings.adapters.prove_tolerance),
-                self.adapters,
-                uploads,
-                fence,
-                self.metrics,
-            ),
+            AdapterPushes(self._prover, self.adapters, uploads, fence, self.metrics),
         )
         self._admission = Admission(self.metrics, limit=settings.batch.queue_limit)
         self._admin = AdapterService(
@@ -108,8 +107,10 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         """Take the adapter folder, load the base model and have it answer; then take back what was stored before."""
         await asyncio.to_thread(self.storage.open)
         await asyncio.to_thread(self._parts.fence.open, self.storage.folder / "fence.json")
+        record("started", generator=self._settings.admin_address)
         await self.engine.start()
         await self.engine.check()
+        await self._prover.start()
         self.metrics.describe(self.engine.description)
         if self.storage.is_lasting:
             self._parts.pointer.open(self.storage.folder / "active.json")
@@ -118,6 +119,14 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
     async def check(self) -> None:
         """Have the engine answer or show progress."""
         await self.engine.check()
+
+    def parts(self) -> Sequence[str]:
+        """Return the health name of the active adapter."""
+        return [ADAPTER_HEALTH]
+
+    def on_part(self, report: Callable[[str, bool], None]) -> None:
+        """Report whether the active version can be used whenever that may have changed."""
+        self.adapters.on_change = lambda: report(ADAPTER_HEALTH, self.adapters.holds_active)
 
     def on_failure(self, report: Callable[[BaseException], None]) -> None:
         """Report the death of the engine, where it has parts that can die."""

@@ -24,6 +24,8 @@ from tether_services.runtime.fault_points import reach
 
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_OPEN_UPLOADS = 8
+LEFT_SECONDS = 5.0
+"""An upload that nobody sends and nothing has arrived of for so long gives way to the next one of its run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,18 @@ class Upload:
     """Held while bytes are written."""
     committing: bool = False
     """True from the first CommitPush on: no more bytes."""
+    num_streams: int = 0
+    """Calls that are sending it now."""
+
+    @contextmanager
+    def streamed(self) -> Iterator[None]:
+        """Count a call that sends it, until the block ends."""
+        self.num_streams += 1
+        try:
+            yield
+        finally:
+            self.num_streams -= 1
+            self.touched = time.monotonic()
 
     async def open_stream(self) -> tuple[int, int]:
         """Return (stream, committed offset) of a new stream; no earlier one writes a byte after this."""
@@ -155,12 +169,7 @@ class Upload:
             raise AbortedError(
                 "A later BeginPush has opened another stream of this upload.", field="stream", reason="STREAM_REPLACED"
             )
-        if zlib.crc32(chunk.data) != chunk.crc32:
-            raise FailedPreconditionError(
-                "The bytes do not have the CRC-32 that was sent with them; send them again.",
-                field="data",
-                reason="CHUNK_DAMAGED",
-            )
+        check_chunk(chunk)
         if self.committing:
             raise FailedPreconditionError("The upload is being committed.", field="upload_id", reason="COMMITTING")
         end = chunk.offset + len(chunk.data)
@@ -200,6 +209,16 @@ class Upload:
             return received
 
 
+def check_chunk(chunk: Chunk) -> None:
+    """Refuse bytes that were damaged on their way."""
+    if zlib.crc32(chunk.data) != chunk.crc32:
+        raise FailedPreconditionError(
+            "The bytes do not have the CRC-32 that was sent with them; send them again.",
+            field="data",
+            reason="CHUNK_DAMAGED",
+        )
+
+
 @contextmanager
 def _reporting_abandoned() -> Iterator[None]:
     try:
@@ -221,21 +240,30 @@ def split_at_files(files: Sequence[DeclaredFile], offset: int, data: bytes) -> l
 
 
 class Uploads:
-    """The open uploads, few and short-lived."""
+    """The open uploads, few and short-lived. The disk is touched in threads, so that calls and health go on."""
 
     def __init__(self, storage: AdapterStorage, *, expire_seconds: float) -> None:
         self.storage = storage
         self._expire_seconds = expire_seconds
         self._open: dict[str, Upload] = {}
+        self._turn = asyncio.Lock()
+        self._removals: set[asyncio.Task[None]] = set()
 
-    def begin(self, declaration: Declaration, *, epoch: int) -> Upload:
+    async def begin(self, declaration: Declaration, *, epoch: int) -> Upload:
         """Return the upload of this declaration: the open one of the same content, or a new one in place of another.
+
+        For want of room, what the run has begun before and nobody sends any more is dropped, the longest idle first.
 
         Raises:
             AbortedError: Another content for this version is being committed.
             InvalidArgumentError: request_id was used for another content.
             ResourceExhaustedError: Too many open uploads, or STORAGE_FULL.
         """
+        async with self._turn:
+            return self._find_open(declaration, epoch) or await self._open_new(declaration, epoch)
+
+    def _find_open(self, declaration: Declaration, epoch: int) -> Upload | None:
+        """Return the open upload of the same content; drop what it replaces where there is none."""
         self.expire()
         for upload in list(self._open.values()):
             if upload.declaration.same_content(declaration):
@@ -247,19 +275,48 @@ class Uploads:
             abandoned = upload.declaration.run_id == declaration.run_id and upload.epoch < epoch
             if abandoned or upload.declaration.key == declaration.key:
                 self._replace(upload, epoch)
-        if len(self._open) >= MAX_OPEN_UPLOADS:
-            raise ResourceExhaustedError(
-                f"{MAX_OPEN_UPLOADS} uploads are open.", reason="TOO_MANY_UPLOADS", retry_after_seconds=5.0
-            )
-        self.storage.check_space(self._outstanding() + declaration.size_bytes)
+        return None
+
+    async def _open_new(self, declaration: Declaration, epoch: int) -> Upload:
+        while True:
+            try:
+                await self._check_room(declaration)
+            except ResourceExhaustedError:
+                left = self._find_left(declaration.run_id, epoch)
+                if left is None:
+                    raise
+                self.forget(left)
+            else:
+                break
         upload_id = uuid.uuid4().hex
-        upload = Upload(upload_id, declaration, self.storage.stage(upload_id), epoch)
-        self._open[upload_id] = upload
+        folder = await asyncio.to_thread(self.storage.stage, upload_id)
+        self._open[upload_id] = upload = Upload(upload_id, declaration, folder, epoch)
         return upload
 
-    def missing_bytes(self, declaration: Declaration) -> int:
+    async def _check_room(self, declaration: Declaration) -> None:
+        if len(self._open) >= MAX_OPEN_UPLOADS:
+            raise ResourceExhaustedError(
+                f"{MAX_OPEN_UPLOADS} uploads are open.", reason="TOO_MANY_UPLOADS", retry_after_seconds=LEFT_SECONDS
+            )
+        await self.settle()
+        await asyncio.to_thread(self.storage.check_space, self._outstanding() + declaration.size_bytes)
+
+    def _find_left(self, run_id: str, epoch: int) -> Upload | None:
+        """Return the upload of a run, of this writer or one before it, that has been left for longest."""
+        horizon = time.monotonic() - LEFT_SECONDS
+        left = [
+            upload
+            for upload in self._open.values()
+            if upload.declaration.run_id == run_id
+            and upload.epoch <= epoch
+            and upload.touched < horizon
+            and not (upload.committing or upload.num_streams)
+        ]
+        return min(left, key=lambda upload: upload.touched, default=None)
+
+    async def missing_bytes(self, declaration: Declaration) -> int:
         """Return how much would have to go for this upload to fit; 0 or less if it does."""
-        return self.storage.missing_bytes(self._outstanding() + declaration.size_bytes)
+        return await asyncio.to_thread(self.storage.missing_bytes, self._outstanding() + declaration.size_bytes)
 
     def _outstanding(self) -> int:
         """Return what the open uploads will still take."""
@@ -295,7 +352,7 @@ class Uploads:
         try:
             await upload.write(chunk)
         except ResourceExhaustedError:
-            self.forget(upload)
+            await self.drop(upload)
             raise
 
     async def sync(self, upload: Upload) -> int:
@@ -303,13 +360,25 @@ class Uploads:
         try:
             return await upload.sync()
         except ResourceExhaustedError:
-            self.forget(upload)
+            await self.drop(upload)
             raise
 
+    async def drop(self, upload: Upload) -> None:
+        """Drop an upload; its staged bytes are gone then."""
+        self.forget(upload)
+        await self.settle()
+
     def forget(self, upload: Upload) -> None:
-        """Drop an upload and its staged bytes."""
-        self._open.pop(upload.upload_id, None)
-        self.storage.discard(upload.upload_id)
+        """Drop an upload now, and its staged bytes soon."""
+        if self._open.pop(upload.upload_id, None) is not None:
+            removal = asyncio.create_task(asyncio.to_thread(self.storage.discard, upload.upload_id))
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
+
+    async def settle(self) -> None:
+        """Wait until the staged bytes of everything that was dropped are gone."""
+        while self._removals:
+            await asyncio.gather(*self._removals)
 
     def expire(self) -> None:
         """Drop what has received nothing for long."""

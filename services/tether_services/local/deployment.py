@@ -49,6 +49,8 @@ class LocalOptions:
     """CPU threads to share out, 1 or more."""
     usual_ports: bool = False
     """Listen where the clients look by default, if all of those ports are free; else on any free ports."""
+    deterministic: bool = False
+    """No answer depends on what else is asked at the time, so that a run can be repeated bit by bit; slower."""
     start_seconds: float = 300.0
     """Longest start of a service."""
     stop_seconds: float = 15.0
@@ -201,12 +203,35 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
     for name, settings in chosen.items():
         settings |= {"metrics_address": addresses.metrics[name], "drain_seconds": DRAIN_SECONDS}
         settings |= options.settings.get(name, {})
+    if options.deterministic:
+        _separate_calls(chosen)
     # Kept, so that a generator that is started again serves what it did. Below FOLDER: a run may be named "adapters".
     stored = {"folder": str(options.state_dir / FOLDER / "adapters")}
     chosen["generator"]["adapters"] = stored | chosen["generator"].get("adapters", {})
     if "models" in chosen["reward"]:  # stands in for engine and model, and is refused beside them
         chosen["reward"] = {key: value for key, value in chosen["reward"].items() if key not in ("engine", "model")}
     return chosen
+
+
+def _separate_calls(chosen: Mapping[str, dict[str, Any]]) -> None:
+    """Have all engines that compute in batches make a batch of one call alone.
+
+    Raises:
+        InvalidArgumentError: A setting contradicts that, or the generator's engine cannot do it.
+    """
+    if chosen["generator"]["engine"] == "vllm":
+        message = (
+            "vLLM computes whatever is in flight together, so that the last bits of a call depend on the others; take"
+            " the transformers engine, or do without it."
+        )
+        raise InvalidArgumentError(message, field="deterministic", reason="INVALID_CONFIG")
+    for name in ("generator", "reward", "reference"):
+        batch = chosen[name].get("batch", {})
+        if batch.get("mix_calls"):
+            message = "batch.mix_calls = true contradicts it: leave that out."
+            raise InvalidArgumentError(f"{name}: {message}", field="deterministic", reason="INVALID_CONFIG")
+        if chosen[name].get("engine") != "fake":  # which computes each call on its own in any case
+            chosen[name]["batch"] = {**batch, "mix_calls": False}
 
 
 def _check_options(options: LocalOptions) -> None:
