@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,52 @@ def test_a_forward_pass_that_takes_long_is_no_failure(real: Callable[[Path], Any
             finally:
                 ended.set()
             await asyncio.wrap_future(long_pass)
+
+    run(main())
+
+
+@asynccontextmanager
+async def fake_reward() -> AsyncIterator[tuple[Served, list[ThreadPoolExecutor]]]:
+    """Yield a service and the executor that reads its texts."""
+    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake", "liveness_seconds": PERIOD})
+    async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
+        assert isinstance(served.service, RewardService)
+        yield served, [served.service._text_thread]
+
+
+@asynccontextmanager
+async def fake_generator() -> AsyncIterator[tuple[Served, list[ThreadPoolExecutor]]]:
+    """Yield a service and the executor that the event loop gives short jobs to, as `ServiceRunner.run` sets it."""
+    settings = GeneratorSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "liveness_seconds": PERIOD}
+    )
+    async with serving(settings, lambda registry: GeneratorService(settings, registry)) as served:
+        yield served, [served.runner.share_threads()]
+
+
+@pytest.mark.parametrize("service", [fake_reward, fake_generator])
+@pytest.mark.parametrize("at_work", [False, True])
+def test_r17_an_executor_that_calls_need_is_noticed_when_it_is_stuck_and_not_when_it_is_busy(
+    service: Callable[[], Any], at_work: bool
+) -> None:
+    """Text is read in a thread: without it no call is answered, however well the engine is."""
+    free = threading.Event()
+
+    def compute() -> None:
+        while not free.is_set():
+            sum(range(1000))
+
+    async def main() -> None:
+        async with service() as (served, executors):
+            await asyncio.sleep(2 * PERIOD)
+            assert await health(served.target, "liveness") == SERVING
+            jobs = [e.submit(compute if at_work else free.wait) for e in executors for _ in range(e._max_workers)]
+            try:
+                ill = await seconds_to_not_serving(served.target)
+            finally:
+                free.set()
+            assert (ill is None) is at_work
+            await asyncio.gather(*map(asyncio.wrap_future, jobs))
 
     run(main())
 

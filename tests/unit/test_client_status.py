@@ -57,10 +57,29 @@ def test_every_error_survives_the_wire(
         assert received.retry_after_seconds == pytest.approx(retry, abs=1e-6)
 
 
-def test_a_stream_that_broke_while_sending_is_unavailable_and_another_internal_error_is_not() -> None:
-    broken = typed(rpc_error(grpc.StatusCode.INTERNAL, "Internal error from Core (ExecuteBatchError)"))
-    assert type(broken) is UnavailableError
-    assert typed(rpc_error(grpc.StatusCode.INTERNAL, "something else")).code is grpc.StatusCode.INTERNAL
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize(
+    "details",
+    [
+        "Internal error from Core (ExecuteBatchError)",
+        "Stream removed",
+        "Stream removed (recvmsg:Connection reset by peer (104))",
+        "RST_STREAM (Received RST_STREAM with error code 2)",
+        "Received RST_STREAM with error code 2",
+    ],
+)
+def test_a_connection_that_broke_under_a_call_is_unavailable_whatever_grpc_calls_it(
+    code: grpc.StatusCode, details: str
+) -> None:
+    assert type(typed(rpc_error(code, details))) is UnavailableError
+
+
+def test_another_internal_error_is_not_taken_for_a_broken_connection() -> None:
+    for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        assert typed(rpc_error(code, "something else")).code is code
+    assert typed(rpc_error(grpc.StatusCode.NOT_FOUND, "Stream removed")).code is grpc.StatusCode.NOT_FOUND
+    said = from_status(status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message="Stream removed"))
+    assert said.code is grpc.StatusCode.INTERNAL, "a service that says so means itself"
 
 
 def test_a_status_of_another_server_keeps_its_code_and_names_the_target() -> None:

@@ -28,6 +28,7 @@ METHODS_WITH_EFFECT = {
     "StartRun",
     "CancelRun",
     "ResumeRun",
+    "RollbackRun",
 }
 VALUES = [
     (tether.Completion, generator_pb2.Completion),
@@ -47,6 +48,7 @@ VALUES = [
     (tether.LogprobResult, reference_pb2.ComputeLogprobsResponse),
     (tether.ReferenceState, reference_pb2.GetReferenceResponse),
     (tether.Run, orchestrator_pb2.Run),
+    (tether.Rollback, orchestrator_pb2.Rollback),
     (tether.StepEvent, orchestrator_pb2.StepEvent),
     (tether.StepState, orchestrator_pb2.StepState),
     (tether.SampleCounts, orchestrator_pb2.SampleCounts),

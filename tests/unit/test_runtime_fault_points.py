@@ -67,6 +67,14 @@ def test_a_full_disk_is_an_error_of_the_operating_system_and_happens_once(tmp_pa
     assert (code, passed) == (0, ["push.stored 28 push.stored", "push.stored"])
 
 
+def test_a_further_generator_has_a_part_of_its_own_with_the_points_of_a_generator(tmp_path: Path) -> None:
+    plan = {"generator": {"1": ""}, "generator2": {"1": "push.stored@1=kill"}}
+    assert walk(tmp_path, plan, "generator", 1, "push.stored")[:2] == (0, ["push.stored"])
+    assert walk(tmp_path, plan, "generator2", 1, "push.stored")[:2] == (-signal.SIGKILL, [])
+    plan = {"generator2": {"1": "step.begun@1=kill"}}
+    assert "the points of generator2 are upload.chunk" in walk(tmp_path, plan, "generator2", 1, "push.stored")[2]
+
+
 def test_several_entries_of_one_process_all_happen(tmp_path: Path) -> None:
     plan = {"worker": {"1": "update.done@1=enospc update.done@3=kill"}}
     code, passed, _ = walk(tmp_path, plan, "worker", 1, *["update.done"] * 4)
@@ -158,3 +166,23 @@ def test_lines_of_several_processes_and_threads_are_whole_and_in_order(tmp_path:
         own = [line for line in lines if line["run"] == run]
         assert [line["epoch"] for line in own] == list(range(200))
         assert [line["t"] for line in own] == sorted(line["t"] for line in own)
+
+
+HANGING = """
+import sys, threading
+from tether_services.runtime.fault_points import arm, reach
+arm("worker", 1)
+reach("update.done")
+thread = threading.Thread(target=reach, args=("update.done",), daemon=True)
+thread.start()
+thread.join(0.3)
+reach("update.done")
+print(thread.is_alive())
+"""
+
+
+def test_a_thread_that_hangs_at_a_point_stays_there_and_the_others_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"worker": {"1": "update.done@2=hang"}}))
+    output, errors = child(HANGING, **{PLAN_VARIABLE: str(path)}).communicate(timeout=60)
+    assert output == "True\n", errors

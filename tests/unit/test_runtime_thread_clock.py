@@ -85,3 +85,23 @@ def test_the_time_is_that_of_the_attached_thread_alone() -> None:
         while time.thread_time() < end:
             sum(range(1000))
         assert clock.seconds() - before < BUSY_SECONDS / 2
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_of_several_threads_one_at_work_is_life_though_no_request_is_answered(at_work: bool) -> None:
+    clock, stop = ThreadClock(), threading.Event()
+    executor = ThreadPoolExecutor(2, initializer=clock.attach)
+
+    async def main() -> bool:
+        jobs = [executor.submit(job, stop, clock) for job in (wait, compute if at_work else wait)]
+        asyncio.get_running_loop().set_default_executor(executor)
+        try:
+            await asyncio.wait_for(clock.wait_for_life(asyncio.to_thread(int)), 2.0)
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            stop.set()
+            await asyncio.gather(*(asyncio.wrap_future(job) for job in jobs))
+
+    assert asyncio.run(main()) is at_work

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -11,8 +14,8 @@ from typing import Any, Final, Self, TypeVar
 import grpc
 import grpc.aio
 
-from tether.breaker import CircuitBreaker
-from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.breaker import BREAKER_OPEN, CircuitBreaker
+from tether.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from tether.status import from_rpc_error
 
 RequestT = TypeVar("RequestT")
@@ -35,6 +38,12 @@ EFFECT_FREE_METHODS: Final = {
 HEALTH_METHOD: Final = "/grpc.health.v1.Health/Check"
 PROBE_TIMEOUT_SECONDS: Final = 1.0
 """Deadline of a health check while a breaker is open."""
+AWAY_SECONDS: Final = 60.0
+"""How long a call without effect waits for a service that has answered before: longer than a restart takes."""
+UNKNOWN_SECONDS: Final = 3.0
+"""The same for one that has not: it may be the wrong address."""
+PAUSE_SECONDS: Final = 0.2
+"""Between the repeats of gRPC and the next ones at least."""
 
 
 def service_config(*, retries: bool = True) -> dict[str, Any]:
@@ -53,9 +62,9 @@ def service_config(*, retries: bool = True) -> dict[str, Any]:
             {
                 "name": names,
                 "retryPolicy": {
-                    "maxAttempts": 5,
+                    "maxAttempts": 3,
                     "initialBackoff": "0.2s",
-                    "maxBackoff": "2s",
+                    "maxBackoff": "1s",
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
@@ -73,7 +82,7 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, int | str]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),  # how long a peer that accepts and then is silent holds an attempt
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),  # so that a service which is back is used again soon
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),
@@ -127,16 +136,17 @@ class ServiceClient:
         Args:
             target: `host:port`, `dns:///name:port` (all its addresses are used) or `unix:path`.
             timeout_seconds: Deadline of each call that does not set its own.
-            retries: Let gRPC repeat calls without effect that find the service unavailable; False if the caller does.
+            retries: Repeat calls without effect that find the service unavailable; False if the caller does.
             breaker: Fail at once, with BREAKER_OPEN, while the service does not answer.
         """
         if not target:
             raise InvalidArgumentError("A target such as 127.0.0.1:50051 is needed.", field="target")
         self.target = target
         self.timeout_seconds = check_timeout(timeout_seconds)
-        self.breaker = CircuitBreaker(self._probe, target=target) if breaker else None
+        self.breaker = CircuitBreaker(self.is_serving, target=target) if breaker else None
         """Opens when the service does not answer; None without one."""
         self._retries = retries
+        self._has_answered = False
         self._opened: grpc.aio.Channel | None = None
         self._closed = False
 
@@ -177,6 +187,45 @@ class ServiceClient:
         timeout = self._timeout(timeout_seconds)
         return await self._guarded(lambda: method(request, timeout=timeout), timeout)
 
+    async def _read(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout_seconds: float | None,
+    ) -> ResponseT:
+        """Return the response of a unary call without effect; every failure is a TetherError.
+
+        A service that has answered before is taken to be back soon, so that its restart costs no call.
+        """
+        timeout = self._timeout(timeout_seconds)
+        end, give_up = time.monotonic() + timeout, math.inf
+        while True:
+            left = max(end - time.monotonic(), 0.0)
+            try:
+                response = await self._guarded(functools.partial(method, request, timeout=left), timeout)
+            except UnavailableError as error:
+                patience = AWAY_SECONDS if self._has_answered else UNKNOWN_SECONDS
+                give_up = min(give_up, end, time.monotonic() + patience)
+                waits = self._retries and error.reason != BREAKER_OPEN
+                if not (waits and await self._comes_back(give_up)):
+                    self._has_answered = False
+                    raise
+            else:
+                self._has_answered = True
+                return response
+
+    async def _comes_back(self, give_up: float) -> bool:
+        """Wait until there is a connection, for a moment at least; return whether there is one before a time."""
+        left = give_up - time.monotonic() - PAUSE_SECONDS
+        if left <= 0:
+            return False
+        await asyncio.sleep(PAUSE_SECONDS)
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), left)
+        except TimeoutError:
+            return False
+        return True
+
     async def _upload(
         self,
         method: grpc.aio.StreamUnaryMultiCallable[RequestT, ResponseT],
@@ -198,7 +247,8 @@ class ServiceClient:
 
         return await (call() if self.breaker is None else self.breaker.call(call))
 
-    async def _probe(self) -> bool:
+    async def is_serving(self) -> bool:
+        """Return whether the service says that it serves; one that does not answer in a second does not."""
         return await is_serving(self._channel)
 
     async def _stream(

@@ -122,6 +122,7 @@ class Client:
     list_runs = _synchronous(OrchestratorClient, OrchestratorClient.list_runs)
     cancel_run = _synchronous(OrchestratorClient, OrchestratorClient.cancel_run)
     resume_run = _synchronous(OrchestratorClient, OrchestratorClient.resume_run)
+    roll_back_run = _synchronous(OrchestratorClient, OrchestratorClient.roll_back_run)
 
     def watch_run(self, run_id: str, *, first_step: int = 0) -> Iterator[StepEvent | Run]:
         """Yield every committed step once and in order, and every change of the run's state, until it has ended."""

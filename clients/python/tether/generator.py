@@ -158,12 +158,12 @@ class GeneratorClient(ServiceClient):
                 request.policy_version = policy_version
         with request_field("run_id"):
             request.run_id = run_id
-        return _generation(await self._call(self._stub.Generate, request, timeout_seconds))
+        return _generation(await self._read(self._stub.Generate, request, timeout_seconds))
 
     async def get_generator(self, *, timeout_seconds: float | None = None) -> GeneratorState:
         """Return the state of the generator."""
         request = generator_pb2.GetGeneratorRequest()
-        return _state(await self._call(self._stub.GetGenerator, request, timeout_seconds))
+        return _state(await self._read(self._stub.GetGenerator, request, timeout_seconds))
 
 
 def chat_messages(messages: Sequence[Message], *, field: str) -> list[generator_pb2.ChatMessage]:

@@ -89,7 +89,7 @@ class ReferenceClient(ServiceClient):
         with request_field("temperature"):
             request = reference_pb2.ComputeLogprobsRequest(temperature=temperature, include_entropies=include_entropies)
         request.items.extend(_item(item, index) for index, item in enumerate(items))
-        response = await self._call(self._stub.ComputeLogprobs, request, timeout_seconds)
+        response = await self._read(self._stub.ComputeLogprobs, request, timeout_seconds)
         return LogprobResult(
             items=tuple(ItemLogprobs(tuple(i.ref_logprobs), tuple(i.entropies)) for i in response.items),
             base_model_sha256=response.base_model_sha256,
@@ -98,7 +98,7 @@ class ReferenceClient(ServiceClient):
     async def get_reference(self, *, timeout_seconds: float | None = None) -> ReferenceState:
         """Return the reference model and its limits."""
         request = reference_pb2.GetReferenceRequest()
-        response = await self._call(self._stub.GetReference, request, timeout_seconds)
+        response = await self._read(self._stub.GetReference, request, timeout_seconds)
         return ReferenceState(
             engine=response.engine,
             base_model=response.base_model,

@@ -168,7 +168,7 @@ class RewardClient(ServiceClient):
         request = reward_pb2.ScoreRequest(
             items=[_item(item, index) for index, item in enumerate(items)], model=model, version=version
         )
-        response = await self._call(self._stub.Score, request, timeout_seconds)
+        response = await self._read(self._stub.Score, request, timeout_seconds)
         return ScoreResult(
             scores=tuple(_score(score) for score in response.scores),
             model=response.model,
@@ -188,7 +188,7 @@ class RewardClient(ServiceClient):
         """Return scores, ranking and pairwise preference probabilities of responses to one prompt."""
         with request_field("responses"):
             request = reward_pb2.CompareRequest(prompt=prompt, responses=responses, model=model, version=version)
-        response = await self._call(self._stub.Compare, request, timeout_seconds)
+        response = await self._read(self._stub.Compare, request, timeout_seconds)
         return CompareResult(
             scores=tuple(_score(score) for score in response.scores),
             ranking=tuple(response.ranking),
@@ -203,7 +203,7 @@ class RewardClient(ServiceClient):
         token = ""
         while True:
             request = reward_pb2.ListRewardModelsRequest(page_token=token)
-            page = await self._call(self._stub.ListRewardModels, request, timeout_seconds)
+            page = await self._read(self._stub.ListRewardModels, request, timeout_seconds)
             models += [_model(model) for model in page.models]
             token = page.next_page_token
             if not token:

@@ -19,8 +19,10 @@ DetailT = TypeVar("DetailT", bound=ProtoMessage)
 BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 """The status code of each number."""
 
-CORE_FAILURE = "Internal error from Core"
-"""Details that grpc.aio makes up, with the code INTERNAL, when a stream breaks while sending: the peer is gone."""
+BROKEN_CONNECTION = ("Internal error from Core", "Stream removed", "RST_STREAM", "Received RST_STREAM")
+"""Beginnings of the details that gRPC makes up when a connection breaks under a call: the peer is gone."""
+MADE_UP_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+"""Codes that it gives them besides UNAVAILABLE, depending on what it was doing."""
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds: float) -> TetherError:
@@ -36,7 +38,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds:
         return from_status(status)
     code = error.code()
     details = error.details() or code.name
-    if code is grpc.StatusCode.INTERNAL and details.startswith(CORE_FAILURE):
+    if code in MADE_UP_CODES and details.startswith(BROKEN_CONNECTION):
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"no answer within {timeout_seconds:g} s."

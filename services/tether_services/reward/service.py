@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from prometheus_client import CollectorRegistry
@@ -23,6 +23,7 @@ from tether_services.runtime.checks import check_page
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.server import Port
 from tether_services.runtime.text import Message, check_message_count
+from tether_services.runtime.thread_clock import ThreadClock
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ SERVICE_NAME = "tether.v1.RewardService"
 MIN_RESPONSES, MAX_RESPONSES = 2, 16
 """Responses that Compare ranks."""
 
+ResultT = TypeVar("ResultT")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Outcome = Judgement | Refusal
 Queued = tuple[str, PreparedItem]
@@ -47,7 +49,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self._models: dict[str, RewardModel] = {}
         self._batcher = Batcher[Queued, Outcome](self._run_batch, settings.batch, self._metrics.queue)
         # One thread: the tokenizers of some models must not be used by two at a time.
-        self._text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-text")
+        self._text_clock = ThreadClock()
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="reward-text", initializer=self._text_clock.attach)
 
     def ports(self) -> Sequence[Port]:
         """Return the data port."""
@@ -68,7 +71,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         await self.check()
 
     async def check(self) -> None:
-        """Have the batcher take a turn and every engine answer a tiny request."""
+        """Have the thread that reads text and the batcher take a turn, and every engine answer a tiny request."""
+        await self._text_clock.wait_for_life(self._in_text_thread(int))
         await self._batcher.probe()
         for model in self._models.values():
             await model.check()
@@ -159,14 +163,16 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self, model: RewardModel, items: Sequence[reward_pb2.ScoreItem], *, timeout_seconds: float
     ) -> list[Outcome]:
         """Return a judgement or a refusal per item, in order."""
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._text_thread, prepare_all, model, items)
+        prepared = await self._in_text_thread(prepare_all, model, items)
         ready = [item for item in prepared if isinstance(item, PreparedItem)]
         queued = [((model.name, item), max(1, item.task.num_tokens)) for item in ready]
         judged = iter(await self._batcher.submit_all(queued, key=model.name, timeout_seconds=timeout_seconds))
         outcomes = [next(judged) if isinstance(item, PreparedItem) else item for item in prepared]
         self._count(outcomes)
         return outcomes
+
+    async def _in_text_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, function, *arguments)
 
     async def _run_batch(self, batch: Sequence[Queued]) -> list[Outcome]:
         return await self._models[batch[0][0]].score([item for _, item in batch])

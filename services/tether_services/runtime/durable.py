@@ -43,6 +43,7 @@ def write_directory(target: Path, files: Mapping[str, bytes], *, points: str = "
     if target.exists():
         if not _holds(target, files):
             raise FailedPreconditionError(f"{target} exists with other content; remove it or write elsewhere")
+        _flush(target.parent)  # the call that made it may have failed right after the renaming
         return
     try:
         _write_directory(target, files, points)

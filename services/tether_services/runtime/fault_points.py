@@ -61,7 +61,7 @@ POINTS: Final = {
     ),
 }
 """The points of each role in the order in which it comes to them."""
-_ENTRY: Final = re.compile(r"(?P<point>[a-z_.]+)@(?P<occurrence>[1-9][0-9]*)=(?P<action>kill|stop|enospc)")
+_ENTRY: Final = re.compile(r"(?P<point>[a-z_.]+)@(?P<occurrence>[1-9][0-9]*)=(?P<action>kill|stop|hang|enospc)")
 
 
 class _Plan:
@@ -78,7 +78,9 @@ class _Plan:
             action = self._entries.get((name, self._reached[name]))
         if action == "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-        if action is not None:
+        if action == "hang":
+            threading.Event().wait()
+        elif action is not None:
             os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
 
 
@@ -89,7 +91,7 @@ def arm(role: str, index: int) -> None:
     """Take this process's part of the plan; nothing without a plan.
 
     Args:
-        role: "worker" or "generator".
+        role: "worker" or "generator"; a further generator has a name with a number, such as "generator2".
         index: Epoch of a worker; for others how many of the role have been started, this one included.
 
     Raises:
@@ -110,7 +112,9 @@ def arm(role: str, index: int) -> None:
 
 
 def reach(name: str) -> None:
-    """Come to a named point: the process goes on, unless the plan says that it is killed, stopped or out of space here.
+    """Come to a named point: all goes on, unless the plan says what fails here.
+
+    The process is killed or stopped, this thread hangs for ever, or the disk is full.
 
     Raises:
         OSError: ENOSPC, where the plan says `enospc`.
@@ -126,8 +130,9 @@ def _parse(entry: str, role: str) -> tuple[tuple[str, int], str]:
         InvalidArgumentError: There is no such point or action: such a plan would never do anything.
     """
     found = _ENTRY.fullmatch(entry)
-    if found is None or found["point"] not in POINTS[role]:
-        known = ", ".join(POINTS[role])
-        message = f"{entry!r} is not POINT@OCCURRENCE=kill|stop|enospc; the points of {role} are {known}"
+    points = POINTS[role.rstrip("0123456789")]
+    if found is None or found["point"] not in points:
+        known = ", ".join(points)
+        message = f"{entry!r} is not POINT@OCCURRENCE=kill|stop|hang|enospc; the points of {role} are {known}"
         raise InvalidArgumentError(message, field=PLAN_VARIABLE)
     return (found["point"], int(found["occurrence"])), found["action"]

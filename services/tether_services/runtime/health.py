@@ -21,8 +21,15 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Health:
     """The standard health service over a fixed set of names; every name starts NOT_SERVING."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = ("", *names)
+    def __init__(self, names: Iterable[str], *, parts: Iterable[str] = ()) -> None:
+        """Take the names.
+
+        Args:
+            names: Of the services.
+            parts: Of what can be missing while the rest serves; there unless `set_part` says otherwise.
+        """
+        self._parts = dict.fromkeys(parts, True)
+        self.names = ("", *names, *self._parts)
         self.not_ready_reason: str | None = "starting"
         """Why calls are refused now; None while the service is ready."""
         self._gone = False
@@ -36,7 +43,15 @@ class Health:
     async def ready(self) -> None:
         """The engine has answered: serve."""
         self.not_ready_reason = None
-        await self._set((*self.names, LIVENESS), SERVING)
+        missing = [name for name, there in self._parts.items() if not there]
+        await self._set(missing, NOT_SERVING)
+        await self._set([name for name in (*self.names, LIVENESS) if name not in missing], SERVING)
+
+    async def set_part(self, name: str, there: bool) -> None:
+        """Say whether a part can be used, at once and whenever the service is ready."""
+        self._parts[name] = there
+        if self.not_ready_reason is None:
+            await self._set([name], SERVING if there else NOT_SERVING)
 
     async def draining(self) -> None:
         """Stop taking new calls; liveness stays as it is."""

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from tether_services.runtime.limits import Guard, deadline_guard, readiness_guar
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
+from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,19 @@ class Fallible(Protocol):
 
     def on_failure(self, report: Callable[[BaseException], None]) -> None:
         """Have the report called, on the event loop, as soon as such a part has died."""
+        ...
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """What has parts that can be missing while the rest serves, each with a health name of its own."""
+
+    def parts(self) -> Sequence[str]:
+        """Return the health names of the parts."""
+        ...
+
+    def on_part(self, report: Callable[[str, bool], None]) -> None:
+        """Have the report called, on the event loop, whenever a part may have come or gone."""
         ...
 
 
@@ -142,13 +157,18 @@ class ServiceRunner:
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.health = Health([name for port in service.ports() for name in port.service_names])
+        self._shared_threads = ThreadClock()
+        self.health = Health(
+            [name for port in service.ports() for name in port.service_names],
+            parts=service.parts() if isinstance(service, Parted) else (),
+        )
         self.bound_ports: list[int] = []
         """Port numbers in use, in the order of `Service.ports`."""
 
     async def run(self) -> int:
         """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
         loop = asyncio.get_running_loop()
+        self.share_threads()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         starting = asyncio.create_task(self.start())
@@ -165,6 +185,12 @@ class ServiceRunner:
             stopping.cancel()
             await self.close()
         return 0
+
+    def share_threads(self) -> ThreadPoolExecutor:
+        """Give the event loop its threads for short jobs, such that liveness sees them work, and return them."""
+        threads = ThreadPoolExecutor(thread_name_prefix="shared", initializer=self._shared_threads.attach)
+        asyncio.get_running_loop().set_default_executor(threads)
+        return threads
 
     async def start(self) -> None:
         """Listen, then load the engine, then report SERVING.
@@ -184,17 +210,27 @@ class ServiceRunner:
         log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
         if isinstance(self._service, Fallible):
             self._service.on_failure(self._engine_failed)
+        if isinstance(self._service, Parted):
+            self._service.on_part(lambda name, there: self._begin(self.health.set_part(name, there)))
         await self._service.start()
         await self.health.ready()
         self._watch = asyncio.create_task(
-            self.health.watch_engine(self._service.check, every_seconds=self._settings.liveness_seconds)
+            self.health.watch_engine(self._check, every_seconds=self._settings.liveness_seconds)
         )
         log_event(log, "serving", services=list(self.health.names[1:]))
+
+    async def _check(self) -> None:
+        """Have the threads for short jobs take one or be at work, then the engine answer; raise if it does not."""
+        await self._shared_threads.wait_for_life(asyncio.to_thread(int))
+        await self._service.check()
 
     def _engine_failed(self, error: BaseException) -> None:
         """Take the service out of use at once; `watch_engine` would notice only later."""
         log_event(log, "engine failed", level=logging.CRITICAL, error=f"{type(error).__name__}: {error}")
-        task = asyncio.create_task(self.health.engine_failed(for_good=True))
+        self._begin(self.health.engine_failed(for_good=True))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -1,4 +1,4 @@
-"""Whether the thread of an engine gets on, however long its job takes."""
+"""Whether the threads of an executor get on, however long their jobs take."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ BUSY_SECONDS: Final = 0.2
 
 
 class ThreadClock:
-    """Steps and CPU time of the one thread of an executor. Where the platform tells no time, that stands still."""
+    """Steps and CPU time of the threads of an executor. Where the platform tells no time, that stands still."""
 
     def __init__(self) -> None:
-        self._clock: int | None = None
+        self._clocks: list[int] = []
         self._ticks = 0
 
     def attach(self) -> None:
         """Follow the calling thread: the initializer of the executor."""
         if hasattr(time, "pthread_getcpuclockid"):
-            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+            self._clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
 
     def tick(self) -> None:
-        """The thread has taken a step."""
+        """A thread has taken a step."""
         self._ticks += 1
 
     def seconds(self) -> float:
-        """Return the CPU time of the thread so far; 0 if it is not known.
+        """Return the CPU time of the threads so far; 0 if it is not known.
 
         Raises:
-            OSError: The thread has ended.
+            OSError: A thread has ended.
         """
-        return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+        return sum(map(time.clock_gettime, self._clocks))
 
     async def wait_for_life(self, request: Coroutine[Any, Any, object]) -> None:
-        """Return when a request to the thread is answered, or earlier if the thread is seen to get on meanwhile.
+        """Return when a request to the threads is answered, or earlier if they are seen to get on meanwhile.
 
         A thread that waits for a lock, for ever, does neither; a long forward pass does the second.
 
         Raises:
             Exception: Whatever the request raised.
-            OSError: The thread has ended.
+            OSError: A thread has ended.
         """
         answer = asyncio.ensure_future(request)
         try:

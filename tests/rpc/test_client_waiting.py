@@ -1,0 +1,100 @@
+"""A client waits for a service that has answered before, so that its restart costs no call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+import tether.channel
+from tests.rpc.scripted_server import serving
+from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer, fail_first
+from tether import DeadlineExceededError, RewardClient, UnavailableError
+from tether.breaker import BREAKER_OPEN
+
+
+@pytest.mark.parametrize("retries", [True, False])
+def test_a_service_that_has_answered_before_is_waited_for(retries: bool) -> None:
+    """The control, without retries, loses the call."""
+    before, after = ScriptedReward(answer), ScriptedReward(answer)
+
+    async def run() -> bool:
+        async with serving(before.add) as target:
+            client = RewardClient(target, retries=retries)
+            await client.score([ITEM])
+        began = time.monotonic()
+        call = asyncio.create_task(client.score([ITEM], timeout_seconds=30))
+        await asyncio.sleep(tether.channel.UNKNOWN_SECONDS + 1.5)
+        async with serving(after.add, port=int(target.rpartition(":")[2])), client:
+            try:
+                assert (await call).scores[0].score == 14.0
+            except UnavailableError:
+                return False
+            assert time.monotonic() - began < 12
+            return True
+
+    assert asyncio.run(run()) is retries
+    assert after.calls == retries
+
+
+def test_a_service_that_stays_away_is_given_up_and_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tether.channel, "AWAY_SECONDS", 3.0)
+    monkeypatch.setattr(tether.channel, "UNKNOWN_SECONDS", 0.5)
+
+    async def run() -> None:
+        async with serving(ScriptedReward(answer).add) as target:
+            client = RewardClient(target)
+            await client.score([ITEM])
+        seconds = []
+        async with client:
+            for _ in range(2):
+                began = time.monotonic()
+                with pytest.raises(UnavailableError, match=target):
+                    await client.score([ITEM], timeout_seconds=60)
+                seconds.append(time.monotonic() - began)
+        assert seconds[1] + 1 < seconds[0] < 15
+
+    asyncio.run(run())
+
+
+def test_waiting_for_a_service_ends_with_the_deadline_of_the_call() -> None:
+    async def run() -> None:
+        async with serving(ScriptedReward(answer).add) as target:
+            client = RewardClient(target)
+            await client.score([ITEM])
+        async with client:
+            began = time.monotonic()
+            with pytest.raises((UnavailableError, DeadlineExceededError), match=target):
+                await client.score([ITEM], timeout_seconds=4)
+            assert time.monotonic() - began < 5
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("refusals", [2, 5])
+def test_a_service_that_answers_that_it_is_starting_is_asked_again(refusals: int) -> None:
+    """More often than gRPC asks by itself, which is three times."""
+    servicer = ScriptedReward(fail_first(refusals, UnavailableError("starting", reason="STARTING")))
+
+    async def run() -> None:
+        async with serving(servicer.add) as target, RewardClient(target) as client:
+            assert (await client.score([ITEM])).scores[0].score == 14.0
+
+    asyncio.run(run())
+    assert servicer.calls == refusals + 1
+
+
+def test_an_open_breaker_is_not_waited_for() -> None:
+    servicer = ScriptedReward(fail_first(1000, UnavailableError("away")))
+
+    async def run() -> None:
+        async with serving(servicer.add) as target, RewardClient(target, breaker=True) as client:
+            client._has_answered = True
+            began = time.monotonic()
+            with pytest.raises(UnavailableError) as caught:
+                await client.score([ITEM], timeout_seconds=30)
+            assert caught.value.reason == BREAKER_OPEN
+            assert time.monotonic() - began < 10
+
+    asyncio.run(run())
