@@ -140,7 +140,7 @@ def test_an_adapter_of_another_base_is_refused_with_the_field(
     shutil.copytree(PACKAGED_POLICY, base)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"rope_theta": 12345.0}))
-    assert push(generator, adapter, "--run-id", "wrong", "--base", str(base)) == 1
+    assert push(generator, adapter, "--run-id", "wrong", "--base", str(base), "--take") == 1
     shown = capsys.readouterr().err
     assert "WRONG_BASE_MODEL" in shown and "base_model_sha256" in shown
     assert stored(generator, "wrong") == []
@@ -159,7 +159,7 @@ def test_a_changed_file_is_refused_because_the_proof_fails(
     probes = adapter_commands.compute_probes(PACKAGED_POLICY, adapter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter_commands, "compute_probes", lambda base, folder: probes)
-        code = push(generator, folder, "--run-id", "changed", "--base", str(PACKAGED_POLICY))
+        code = push(generator, folder, "--run-id", "changed", "--base", str(PACKAGED_POLICY), "--no-activate")
     assert code == 1 and "PROOF_FAILED" in capsys.readouterr().err
     assert stored(generator, "changed") == []
 
@@ -187,7 +187,16 @@ def main_without_report(arguments: list[str]) -> int:
 
 def test_a_base_of_another_shape_is_refused_here(generator: dict[str, str], adapter: Path, tmp_path: Path) -> None:
     tiny = write_tiny_policy(tmp_path / "tiny")
-    arguments = ["adapter", "push", str(adapter), "--generator", generator["admin_address"], "--base", str(tiny)]
+    arguments = [
+        "adapter",
+        "push",
+        str(adapter),
+        "--generator",
+        generator["admin_address"],
+        "--base",
+        str(tiny),
+        "--take",
+    ]
     with pytest.raises((InvalidArgumentError, FailedPreconditionError)) as caught:
         main_without_report(arguments)
     assert [violation.field for violation in caught.value.violations] == ["base"]

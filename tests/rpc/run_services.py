@@ -87,6 +87,7 @@ async def run_services(
             "reference_address": compared.target,
             "max_retries": 1,
             "retry_backoff_seconds": 0.05,
+            "storage_wait_seconds": 0.0,
         }
         yield RunServices(generator, reward, compared, OrchestratorSettings.model_validate(settings))
 

@@ -74,6 +74,10 @@ class Runs(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         resumed = orchestrator_pb2.Run(run_id="a", state=orchestrator_pb2.RUN_STATE_RUNNING, committed_step_count=2)
         return orchestrator_pb2.ResumeRunResponse(run=resumed)
 
+    async def RollbackRun(self, request: orchestrator_pb2.RollbackRunRequest, context: Any) -> Any:
+        rolled_back = orchestrator_pb2.Run(run_id="a", state=orchestrator_pb2.RUN_STATE_FAILED, committed_step_count=1)
+        return orchestrator_pb2.RollbackRunResponse(run=rolled_back)
+
     async def ListSteps(self, request: orchestrator_pb2.ListStepsRequest, context: Any) -> Any:
         return orchestrator_pb2.ListStepsResponse(steps=[orchestrator_pb2.StepState(step=request.first_step)])
 

@@ -12,13 +12,15 @@ import pytest
 
 from tests.rpc.byte_tokenizer import write_byte_tokenizer
 from tests.rpc.serving import LOCAL, Served, run, serving
+from tether.adapter import AdapterPush
 from tether.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.engines.fake import fake_logprob
 from tether_services.generator.service import GeneratorService
 from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.fleet import Fleet
 from tether_services.orchestrator.prompts import Prompt
-from tether_services.orchestrator.publishing import PolicyPublisher
+from tether_services.orchestrator.publishing import LocalAdapter
 from tether_services.orchestrator.records import Attempt
 from tether_services.orchestrator.remote import Services, open_services
 from tether_services.orchestrator.rollouts import Identities, Rollout, RolloutCollector, RolloutPlan
@@ -41,7 +43,7 @@ class World:
 
     generator: Served
     services: Services
-    publisher: PolicyPublisher
+    fleet: Fleet
     collector: RolloutCollector
 
     async def collect(self, plan: RolloutPlan = PLAN, *, prompts: Sequence[Prompt] = PROMPTS) -> Rollout:
@@ -68,9 +70,9 @@ async def world(*, concurrency: int = 64, token_seconds: float = 0.0, reward: ob
             max_retries=0,
         )
         services = await stack.enter_async_context(open_services(settings))
-        publisher = PolicyPublisher(services.adapter, Attempt("demo", 1, Path("unused")))
-        await publisher.take_over(None)
-        yield World(generator, services, publisher, RolloutCollector(services, publisher, Identities(FAKE_BASE_SHA256)))
+        fleet = await stack.enter_async_context(Fleet(services, Attempt("demo", 1, Path("unused"))))
+        await fleet.take_over(None)
+        yield World(generator, services, fleet, RolloutCollector(services, fleet, Identities(FAKE_BASE_SHA256)))
 
 
 def test_d35_every_number_of_a_sample_is_the_oracles() -> None:
@@ -133,6 +135,23 @@ def test_scoring_begins_before_the_last_prompt_is_generated() -> None:
     run(scenario())
 
 
+def test_a_rollout_is_judged_by_the_version_that_it_asked_for_whatever_is_made_meanwhile() -> None:
+    push = AdapterPush("demo", 1, FAKE_BASE_SHA256, 2, ("q_proj",), (), True)
+
+    async def scenario() -> None:
+        async with world(concurrency=1, token_seconds=0.005) as w:
+            collecting = asyncio.create_task(w.collect())
+            while not w.generator.value("tether_generator_completions_total", finish_reason="length"):
+                await asyncio.sleep(0.005)
+            assert not collecting.done()
+            w.fleet._current = LocalAdapter(Path("unused"), "ab", 1, push)
+            rollout = await collecting
+            assert {(row.policy_version, row.adapter_sha256, row.dropped) for row in rollout.rows} == {(0, "", "")}
+            assert len(rollout.samples) == 18
+
+    run(scenario())
+
+
 def test_generated_tokens_are_counted() -> None:
     async def scenario() -> None:
         async with world() as w:
@@ -183,7 +202,7 @@ def test_the_first_failure_cancels_the_other_prompts() -> None:
 def test_a_generator_that_lost_the_run_is_brought_back_once_for_all_prompts() -> None:
     async def scenario() -> None:
         async with world() as w:
-            adapter = w.services.adapter.client
+            adapter = w.services.generators[0].adapter.client
             await adapter.activate("other", 0, expected_run_id="demo", expected_policy_version=0, epoch=1)
             with pytest.raises(FailedPreconditionError) as caught:
                 await w.collect()

@@ -28,7 +28,9 @@ from tether.reference import ReferenceClient
 from tether.reward import RewardClient
 from tether_services.local.deployment import free_ports
 from tether_services.orchestrator.config import FailureConfig, OrchestratorSettings
-from tether_services.orchestrator.remote import open_services
+from tether_services.orchestrator.fleet import Fleet
+from tether_services.orchestrator.records import Attempt
+from tether_services.orchestrator.remote import GeneratorPorts, Remote, open_services
 from tether_services.orchestrator.retrying import RetryBudget, RetryPolicy
 from tether_services.orchestrator.rollouts import Identities, Rollout, RolloutCollector
 from tether_services.reward.config import RewardSettings
@@ -81,7 +83,7 @@ async def faulty(
     """Yield fake services that answer one prompt after the other, and a collector with repeats over them."""
     async with world(concurrency=1) as w:
         budget = RetryBudget(failure.retry_budget)
-        generate = w.services.generator.client
+        generate = w.services.generators[0].generator.client
         for faults, client, name in (
             (generator, generate, "generate"),
             (reward, w.services.reward.client, "score"),
@@ -89,15 +91,21 @@ async def faulty(
         ):
             if faults:
                 monkeypatch.setattr(client, name, faults.around(getattr(client, name)))
+
+        def quick(remote: Remote[Any]) -> Remote[Any]:
+            return replace(remote, retries=QUICK, budget=budget)
+
+        ports = w.services.generators[0]
         services = replace(
             w.services,
+            generators=(GeneratorPorts(quick(ports.generator), quick(ports.adapter)),),
+            reward=quick(w.services.reward),
+            reference=quick(w.services.reference),
             budget=budget,
-            **{
-                name: replace(getattr(w.services, name), retries=QUICK, budget=budget)
-                for name in ("generator", "adapter", "reward", "reference")
-            },
+            retries=QUICK,
         )
-        yield w, RolloutCollector(services, w.publisher, Identities(FAKE_BASE_SHA256), failure)
+        async with Fleet(services, Attempt("demo", 1, Path("unused"))) as fleet:
+            yield w, RolloutCollector(services, fleet, Identities(FAKE_BASE_SHA256), failure)
 
 
 def collect(monkeypatch: pytest.MonkeyPatch, failure: FailureConfig, **faults: Faults) -> Rollout:
@@ -305,7 +313,7 @@ def test_r1_a_reward_service_that_is_away_for_a_while_costs_time_and_no_sample(p
             open_services(settings, on_breaker=lambda states: seen.append(states["reward"])) as own,
         ):
             services = replace(w.services, reward=own.reward, budget=own.budget)
-            collector = RolloutCollector(services, w.publisher, Identities(FAKE_BASE_SHA256), failure)
+            collector = RolloutCollector(services, w.fleet, Identities(FAKE_BASE_SHA256), failure)
             collecting = asyncio.create_task(collector.collect(PROMPTS, SEEDS, PLAN))
             await asyncio.sleep(1.5)
             assert not collecting.done() or not protected, "nobody scores"

@@ -29,6 +29,12 @@ class World:
     session: Session
     adapters: AdapterClient
 
+    @property
+    def publisher(self) -> PolicyPublisher:
+        """What brings adapters to the one generator."""
+        (publisher,) = self.session.publisher.publishers
+        return publisher
+
     async def next_adapter(self, version: int) -> LocalAdapter:
         """Learn once from fresh samples and return the policy as the given version."""
         rollout = await collect_step(self.session, version - 1)
@@ -130,7 +136,7 @@ def test_a_version_that_somebody_else_stored_under_the_same_number_is_not_truste
 def next_attempt(w: World) -> PolicyPublisher:
     """What the next attempt of the run publishes with."""
     attempt = replace(w.session.attempt, epoch=w.session.attempt.epoch + 1)
-    return PolicyPublisher(w.session.publisher._remote, attempt)
+    return PolicyPublisher(w.publisher._remote, attempt)
 
 
 def test_an_attempt_that_was_replaced_publishes_nothing_more(tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_earlier_attempts_are_locked_out_before_the_stored_versions_are_read(
                 pushed.append(caught.value.reason)
 
             monkeypatch.setattr(Late, "meanwhile", earlier_attempt_pushes)
-            await Late(w.session.publisher._remote, replace(w.session.attempt, epoch=2)).take_over(None)
+            await Late(w.publisher._remote, replace(w.session.attempt, epoch=2)).take_over(None)
             assert set(pushed) == {"STALE_EPOCH"}
             assert await w.adapters.list_adapters() == ()
 
@@ -233,7 +239,7 @@ def test_a_version_that_was_rolled_back_is_restored(tmp_path: Path) -> None:
             await w.session.publisher.publish(await w.next_adapter(1))
             await w.adapters.rollback("demo", expected_policy_version=1, epoch=1)
             assert await w.active() == ("demo", 0)
-            await w.session.publisher.restore()
+            await w.publisher.restore()
             assert await w.active() == ("demo", 1)
 
     run(scenario(), timeout_seconds=120)
@@ -245,7 +251,7 @@ def test_a_version_that_was_deleted_is_pushed_again(tmp_path: Path) -> None:
             await w.session.publisher.publish(await w.next_adapter(1))
             await w.adapters.rollback("demo", expected_policy_version=1, epoch=1)
             await w.adapters.delete("demo", 1, epoch=1)
-            await w.session.publisher.restore()
+            await w.publisher.restore()
             assert await w.active() == ("demo", 1)
 
     run(scenario(), timeout_seconds=120)

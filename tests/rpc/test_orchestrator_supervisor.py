@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from prometheus_client import CollectorRegistry
 
 from tests.rpc.serving import run
 from tests.rpc.test_orchestrator_service import left_running, world
-from tests.unit.run_inputs import step_record
+from tests.unit.run_inputs import sample_rows, step_outcome, step_record
 from tests.unit.test_ledger_schema import version_of, write_version_1
 from tether.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     TetherError,
     UnavailableError,
 )
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.ledger_schema import SCHEMA_VERSION
 from tether_services.orchestrator.metrics import OrchestratorMetrics
 from tether_services.orchestrator.records import RunState
-from tether_services.orchestrator.remote import BREAKERS_FILE
+from tether_services.orchestrator.remote import BREAKERS_FILE, LAGGING_FILE
 from tether_services.orchestrator.service import open_state
-from tether_services.orchestrator.supervisor import Supervisor, _Watch
+from tether_services.orchestrator.supervisor import Supervisor, _Course, _Watch
 
 UNWRITABLE = FailedPreconditionError("no disk", reason="LEDGER_UNWRITABLE")
 
@@ -64,6 +67,64 @@ def test_a_ledger_that_fails_for_a_while_ends_no_run(
     run(scenario())
 
 
+def report_failure_once(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """Have a method of the ledger report a full disk once although it has written; return what it had written."""
+    real, written = getattr(Ledger, name), list[Any]()
+
+    def method(self: Ledger, *given: Any, **named: Any) -> Any:
+        result = real(self, *given, **named)
+        if not written:
+            written.append(result)
+            raise ResourceExhaustedError("no room", reason="STORAGE_FULL")
+        return result
+
+    monkeypatch.setattr(Ledger, name, method)
+    return written
+
+
+def count_workers(folder: Path, run_id: str) -> int:
+    return (folder / "runs" / run_id / "started.log").read_text().count("x")
+
+
+@pytest.mark.parametrize(("name", "run_id"), [("restart_attempt", "dies-1"), ("create_run", "steps-1")])
+def test_an_attempt_that_was_written_although_an_error_was_reported_gets_one_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, run_id: str
+) -> None:
+    written = report_failure_once(monkeypatch, name)
+
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            with suppress(ResourceExhaustedError):
+                await w.client.start_run(run_id, w.toml)
+            assert (await w.end_of(run_id)).state == "succeeded"
+            epochs = [step.epoch for step in await w.client.list_steps(run_id)]
+            assert epochs == ([1, 2, 2] if name == "restart_attempt" else [1, 1, 1])
+
+    run(scenario())
+    assert len(written) == 1
+    assert count_workers(tmp_path, run_id) == written[0].epoch
+
+
+@pytest.mark.parametrize("auto_resume", ["always", "off"])
+def test_a_resume_that_was_written_although_an_error_was_reported_gets_one_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto_resume: str
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, steps=6) as w:
+            await w.started("slow-1")
+        written = report_failure_once(monkeypatch, "begin_attempt")
+        async with world(tmp_path, auto_resume=auto_resume, steps=6) as w:
+            if auto_resume == "off":
+                with pytest.raises(ResourceExhaustedError):
+                    await w.client.resume_run("slow-1")
+            assert (await w.end_of("slow-1")).state == "succeeded"
+            assert {step.epoch for step in await w.client.list_steps("slow-1")} == {1, 2}
+        assert [attempt.epoch for attempt in written] == [2]
+
+    run(scenario())
+    assert count_workers(tmp_path, "slow-1") == 2
+
+
 def test_a_run_that_cannot_be_read_once_it_is_recorded_has_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +154,28 @@ def test_breakers_that_cannot_be_read_end_no_run(tmp_path: Path) -> None:
             (folder / BREAKERS_FILE).write_text("")
             await w.client.start_run("dies-1", w.toml)
             assert (await w.end_of("dies-1")).state == "succeeded"
+
+    run(scenario())
+
+
+def test_breakers_and_lagging_generators_are_exported_until_the_worker_ends(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, steps=200) as w:
+
+            def exported() -> tuple[float, float]:
+                breaker = w.served.value("tether_breaker_open", service="generator")
+                return breaker, w.served.value("tether_lagging_generators")
+
+            await w.started("slow-1")
+            folder = tmp_path / "runs" / "slow-1"
+            (folder / BREAKERS_FILE).write_text('{"generator": true}')
+            (folder / LAGGING_FILE).write_text('{"generators": ["a:1", "b:1"]}')
+            while exported() != (1, 2):
+                await asyncio.sleep(0.02)
+            await w.client.cancel_run("slow-1")
+            assert (await w.end_of("slow-1")).state == "cancelled"
+            while exported() != (0, 0):
+                await asyncio.sleep(0.02)
 
     run(scenario())
 
@@ -162,6 +245,26 @@ def test_time_in_which_nobody_looked_does_not_count_as_silence(tmp_path: Path, s
     assert asyncio.run(scenario()) is ends
 
 
+def test_samples_that_the_ledger_has_lost_are_exported_as_unaccounted(tmp_path: Path) -> None:
+    settings, ledger, registry = OrchestratorSettings(), Ledger(tmp_path), CollectorRegistry()
+    supervisor = Supervisor(settings, ProcessEngine(settings), OrchestratorMetrics(registry), ledger)
+    attempt = ledger.create_run("demo", config_toml="x = 1", total_steps=3)
+    course = _Course(attempt)
+
+    def show(step: int) -> float | None:
+        asyncio.run(supervisor._show_steps(course, pushed_only=False))
+        assert course.next_step == step + 1
+        return registry.get_sample_value("tether_samples_unaccounted")
+
+    for step, lost in enumerate((0, 1, 0)):
+        ledger.record_samples(attempt, step, sample_rows(4))
+        ledger.commit_step(attempt, step_record(step), step_outcome(step))
+        with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+            connection.execute("DELETE FROM samples WHERE step = ? AND sample < ?", (step, lost))
+        connection.close()
+        assert show(step) == (0 if step == 0 else 1)
+
+
 def test_a_ledger_that_another_orchestrator_uses_is_not_upgraded(tmp_path: Path) -> None:
     write_version_1(tmp_path)
     with (tmp_path / "lock").open("wb") as lock:
@@ -170,7 +273,7 @@ def test_a_ledger_that_another_orchestrator_uses_is_not_upgraded(tmp_path: Path)
             open_state(tmp_path)
         assert version_of(tmp_path) == 0
     ledger, own = open_state(tmp_path)
-    assert version_of(tmp_path) == 2
+    assert version_of(tmp_path) == SCHEMA_VERSION
     ledger.close()
     own.close()
 

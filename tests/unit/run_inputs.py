@@ -60,7 +60,8 @@ def step_record(step: int, **metrics: float) -> StepRecord:
     figures |= {name: 0.0 for name in figures if name.startswith("dropped_") or name == "samples_dropped"}
     figures |= {"samples_asked": 4.0, "samples_not_generated": 0.0, "samples_abandoned": 0.0}
     figures |= {"samples_generated": 4.0, "samples_trained": 4.0, "generated_tokens": 32.0, "effective_tokens": 32.0}
-    return StepRecord(step, step, figures | metrics, {"score": [0.5, 1.5, -3.0, 2.0], "response_length": [8] * 4})
+    distributions = {"score": [0.5, 1.5, -3.0, 2.0], "response_length": [8.0] * 4}
+    return StepRecord(step, step, figures | metrics, distributions, new_version=step + 1)
 
 
 def sample_rows(count: int, *, dropped: int = 0, version: int = 0) -> list[SampleRow]:

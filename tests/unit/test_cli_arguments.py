@@ -24,7 +24,10 @@ HELPS = [
     ["up", "--help"],
     ["demo", "--help"],
     ["run", "--help"],
-    *(["run", action, "--help"] for action in ("start", "get", "show", "list", "watch", "cancel", "resume")),
+    *(
+        ["run", action, "--help"]
+        for action in ("start", "get", "show", "list", "watch", "cancel", "resume", "rollback")
+    ),
     ["score", "--help"],
     ["generate", "--help"],
     ["adapter", "push", "--help"],

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from tether.errors import InvalidArgumentError
 from tether_services.cli.local_commands import describe_addresses, local_options, run_until_interrupted
 from tether_services.cli.main import build_parser
 from tether_services.generator.config import GeneratorSettings
@@ -155,6 +156,31 @@ def test_a_child_whose_parent_is_another_process_ends_at_once() -> None:
     command = [sys.executable, "-m", "tether_services.runtime.child", str(os.getpid() + 1), "this"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "parent process is gone" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["transformers", "fake"])
+def test_deterministic_services_make_a_batch_of_one_call_alone(engine: Engine) -> None:
+    settings = resolve(LocalOptions(engine=engine, deterministic=True))
+    separate = [settings[name].batch.mix_calls is False for name in ("generator", "reward", "reference")]
+    assert separate == [engine == "transformers"] * 3
+    assert all(resolve(LocalOptions(engine=engine))[name].batch.mix_calls for name in ("generator", "reward"))
+    extra = {"reward": {"batch": {"max_items": 7}}}
+    batch = resolve(LocalOptions(engine="transformers", deterministic=True, settings=extra))["reward"].batch
+    assert (batch.max_items, batch.mix_calls) == (7, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm"}, "vLLM computes whatever is in flight together"),
+        ({"settings": {"generator": {"engine": "vllm"}}}, "vLLM computes whatever is in flight together"),
+        ({"settings": {"reward": {"batch": {"mix_calls": True}}}}, "reward: batch.mix_calls = true contradicts it"),
+    ],
+)
+def test_what_cannot_be_deterministic_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        resolve(LocalOptions(**changes, deterministic=True))
+    assert [violation.field for violation in caught.value.violations] == ["deterministic"]
 
 
 def test_a_child_becomes_its_module_with_its_arguments(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def shown(events: list[StepEvent | Run], *, terminal: bool) -> str:
 
 
 def test_outside_a_terminal_every_event_is_one_plain_line() -> None:
-    lines = shown([new_run(), StepEvent(0, 0, METRICS, NOW), new_run("succeeded")], terminal=False).splitlines()
+    lines = shown([new_run(), StepEvent(0, 0, METRICS, NOW, 9), new_run("succeeded")], terminal=False).splitlines()
     assert lines == [
         "run demo-1 running",
         "step 0  score +0.250  reward -0.500  KL 3.12  entropy 2.500  tokens/s 12,346  seconds 7.2  policy version 0",
@@ -46,18 +46,18 @@ def test_outside_a_terminal_every_event_is_one_plain_line() -> None:
 
 
 def test_outside_a_terminal_nothing_moves_the_cursor() -> None:
-    assert "\x1b" not in shown([StepEvent(0, 0, METRICS, NOW)], terminal=False)
+    assert "\x1b" not in shown([StepEvent(0, 0, METRICS, NOW, 9)], terminal=False)
 
 
 def test_a_terminal_shows_a_table_with_every_column() -> None:
-    text = shown([new_run(), StepEvent(0, 0, METRICS, NOW), StepEvent(1, 1, METRICS, NOW)], terminal=True)
+    text = shown([new_run(), StepEvent(0, 0, METRICS, NOW, 9), StepEvent(1, 1, METRICS, NOW, 9)], terminal=True)
     for heading in ("step", *COLUMNS, "policy version"):
         assert heading in text
     assert "12,346" in text and "2/20" in text and "demo-1 running" in text
 
 
 def test_a_figure_that_a_step_lacks_is_a_dash() -> None:
-    (line,) = shown([StepEvent(3, 2, {"score_mean": 1.0}, NOW)], terminal=False).splitlines()
+    (line,) = shown([StepEvent(3, 2, {"score_mean": 1.0}, NOW, 9)], terminal=False).splitlines()
     assert line.startswith("step 3  score +1.000  reward -  KL -")
 
 

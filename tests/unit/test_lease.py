@@ -17,6 +17,7 @@ from tests.unit.run_inputs import step_record
 from tether.errors import AbortedError, ResourceExhaustedError
 from tether_services.orchestrator import lease as lease_module
 from tether_services.orchestrator import ledger_runs
+from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.heartbeat import Heartbeat
 from tether_services.orchestrator.lease import Lease, boot_clock_ns, boot_id, end_holder, is_alive, own_holder
 from tether_services.orchestrator.ledger import Ledger
@@ -33,6 +34,8 @@ Ledger(folder).acquire_lease(Attempt("demo", 1, folder / "demo"), seconds=float(
 print("held", flush=True)
 time.sleep(600)
 """
+
+QUICK = OrchestratorSettings().model_copy(update={"lease_seconds": 0.4})
 
 
 class Clock:
@@ -258,7 +261,7 @@ def test_the_service_ends_an_attempt_without_a_lease_of_its_own(
 def test_a_heartbeat_renews_the_lease(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     lease = ledger.acquire_lease(new_run(ledger), seconds=0.4)
-    with Heartbeat(ledger, lease, seconds=0.4) as heartbeat:
+    with Heartbeat(ledger, lease, QUICK) as heartbeat:
         time.sleep(1.0)
         heartbeat.check()
         renewed = ledger.get_lease("demo")
@@ -268,7 +271,7 @@ def test_a_heartbeat_renews_the_lease(tmp_path: Path) -> None:
 def test_a_heartbeat_whose_lease_was_taken_says_so(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     lease = ledger.acquire_lease(new_run(ledger), seconds=0.4)
-    with Heartbeat(ledger, lease, seconds=0.4) as heartbeat:
+    with Heartbeat(ledger, lease, QUICK) as heartbeat:
         heartbeat.check()
         with ledger._file.write() as connection:
             connection.execute("UPDATE leases SET holder = '4194303:1'")
@@ -289,7 +292,7 @@ def test_a_heartbeat_that_cannot_write_says_why_once_the_lease_has_run_out(
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "renew_lease", full)
-        with Heartbeat(ledger, lease, seconds=0.4) as heartbeat:
+        with Heartbeat(ledger, lease, QUICK) as heartbeat:
             heartbeat.check()
             time.sleep(0.6)
             with pytest.raises(ResourceExhaustedError):

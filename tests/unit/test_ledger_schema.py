@@ -1,4 +1,4 @@
-"""Files of the version before: nothing of them is lost, and the run in them goes on."""
+"""Files of the versions before: nothing of them is lost, and the run in them goes on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from tests.unit.run_inputs import sample_rows, step_outcome, step_record
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.ledger_schema import SCHEMA_VERSION, VERSION_1
-from tether_services.orchestrator.records import RunState, SampleCounts
+from tether_services.orchestrator.ledger_schema import FROM_1_TO_2, SCHEMA_VERSION, VERSION_1
+from tether_services.orchestrator.records import RunState, SampleCounts, StepNumbers
 
 
 def write_version_1(folder: Path, *, steps: int = 3, checkpoints: tuple[int, ...] = (2, 3)) -> None:
@@ -47,7 +47,7 @@ def version_of(folder: Path) -> int:
 
 def test_a_new_file_says_its_version(tmp_path: Path) -> None:
     Ledger(tmp_path)
-    assert version_of(tmp_path) == SCHEMA_VERSION == 2
+    assert version_of(tmp_path) == SCHEMA_VERSION == 3
 
 
 def test_runs_and_steps_of_version_1_are_read_as_they_were(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_runs_and_steps_of_version_1_are_read_as_they_were(tmp_path: Path) -> No
     ]
     assert len(ledger.list_steps("old", pushed_only=True)) == 3
     assert not ledger.has_open_push("old")
-    assert version_of(tmp_path) == 2
+    assert version_of(tmp_path) == 3
 
 
 def test_counts_and_checkpoints_of_version_1_are_taken_over(tmp_path: Path) -> None:
@@ -111,8 +111,66 @@ def test_a_migration_that_is_interrupted_leaves_the_old_file(tmp_path: Path, mon
 def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     Ledger(tmp_path).close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 3")
+        connection.execute("PRAGMA user_version = 4")
     with pytest.raises(FailedPreconditionError, match="upgrade the program") as caught:
         Ledger(tmp_path)
     assert caught.value.reason == "LEDGER_NEWER"
+    assert version_of(tmp_path) == 4
+
+
+def write_version_2(folder: Path) -> None:
+    """Write a failed run of two steps as the program of version 2 did: the push of the second one is open."""
+    write_version_1(folder, steps=2, checkpoints=())
+    with sqlite3.connect(folder / "ledger.sqlite") as connection:
+        for statement in FROM_1_TO_2:
+            connection.execute(statement)
+        connection.execute("UPDATE runs SET committed_steps = 2, policy_version = 1")
+        connection.execute("UPDATE steps SET asked = 4, generated = 4, trained = 4")
+        connection.executemany(
+            "INSERT INTO pushes VALUES ('old', ?, 2, ?, ?, 1.75)", [(1, "a" * 64, "active"), (2, "b" * 64, "open")]
+        )
+        connection.executemany(
+            "INSERT INTO checkpoints VALUES ('old', ?, 2, ?, ?, 10, 'durable', 1.75)",
+            [(version, f"checkpoints/{version:06d}-e2", "c" * 64) for version in (1, 2)],
+        )
+        connection.execute("INSERT INTO samples VALUES ('old', 1, 0, 2, 'p', 1, 'a', 8, 'trained', '')")
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+
+
+def test_steps_and_pushes_of_version_2_are_as_they_were(tmp_path: Path) -> None:
+    write_version_2(tmp_path)
+    ledger = Ledger(tmp_path)
     assert version_of(tmp_path) == 3
+    run = ledger.get_run("old")
+    assert (run.num_committed_steps, run.policy_version, run.branch, run.rollback_to) == (2, 1, 0, None)
+    assert [(s.step, s.new_version, s.checkpoint is not None) for s in ledger.list_states("old")] == [
+        (0, 1, True),
+        (1, 2, True),
+    ]
+    assert ledger.has_open_push("old")
+    assert [step.step for step in ledger.list_steps("old", pushed_only=True)] == [0]
+    assert ledger.count_samples("old") == {"trained": 1}
+    assert ledger.next_step("old") == StepNumbers(2, 2, 3, 0)
+
+
+def test_a_run_of_version_2_goes_on_and_can_be_rolled_back(tmp_path: Path) -> None:
+    write_version_2(tmp_path)
+    ledger = Ledger(tmp_path)
+    attempt = ledger.begin_attempt("old", from_step=1)
+    assert ledger.next_step("old") == StepNumbers(1, 1, 3, 1)
+    ledger.record_samples(attempt, 1, sample_rows(4))
+    ledger.commit_step(attempt, step_record(1), step_outcome(1))
+    assert [(s.step, s.new_version) for s in ledger.list_states("old")] == [(0, 1), (1, 3)]
+
+
+def test_an_upgrade_from_version_2_that_is_interrupted_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version_2(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("tether_services.orchestrator.ledger_schema._STATEMENTS_OF_3", ("SELECT nothing",))
+        with pytest.raises(FailedPreconditionError, match="nothing"):
+            Ledger(tmp_path)
+    assert version_of(tmp_path) == 2
+    assert len(Ledger(tmp_path).list_states("old")) == 2

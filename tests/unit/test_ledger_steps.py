@@ -101,11 +101,55 @@ def test_samples_of_an_attempt_that_ended_are_abandoned_and_made_again(tmp_path:
     ledger.record_samples(first, 1, sample_rows(4, dropped=1))
     ledger.finish(first, RunState.FAILED, error="killed")
     second = ledger.begin_attempt("demo")
-    assert ledger.count_samples("demo") == {"trained": 4, "abandoned": 3, "dropped": 1}
+    assert ledger.count_samples("demo") == {"trained": 4, "abandoned": 4}
     commit(ledger, second, 1)
-    assert ledger.count_samples("demo") == {"trained": 8, "abandoned": 3, "dropped": 1}
+    assert ledger.count_samples("demo") == {"trained": 8, "abandoned": 4}
     trained = [(step, sample) for step, sample, _, state in states(tmp_path) if state == "trained"]
     assert len(trained) == len(set(trained)) == 8
+
+
+def test_what_the_failed_tries_of_a_step_had_generated_is_abandoned_and_named_by_the_step(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    first = new_run(ledger)
+    ledger.record_abandoned(first, 0, [replace(row, sample=row.sample + 4) for row in sample_rows(3, dropped=1)])
+    ledger.record_samples(first, 0, sample_rows(4))
+    ledger.finish(first, RunState.FAILED, error="killed")
+    commit(ledger, ledger.begin_attempt("demo"), 0)
+    assert ledger.count_samples("demo") == {"trained": 4, "abandoned": 7}
+    assert ledger.list_steps("demo")[0].metrics["samples_abandoned"] == 7
+    assert ledger.count_unaccounted("demo", first_step=0, end_step=1) == 0
+
+
+def test_an_abandoned_sample_is_counted_by_one_step(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    attempt = new_run(ledger)
+    for step, number in ((0, 2), (1, 0), (2, 1)):
+        ledger.record_abandoned(attempt, step, [replace(row, sample=row.sample + 4) for row in sample_rows(number)])
+        commit(ledger, attempt, step)
+    assert [step.metrics["samples_abandoned"] for step in ledger.list_steps("demo")] == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        ("DELETE FROM samples WHERE step = 1 AND sample < 2", 2),
+        ("UPDATE samples SET state = 'generated' WHERE step = 0 AND sample = 3", 2),
+        ("UPDATE samples SET state = 'abandoned' WHERE step = 2 AND sample = 0", 1),
+        ("UPDATE steps SET generated = 5 WHERE step = 1", 1),
+        ("UPDATE samples SET epoch = 7 WHERE step = 1 AND sample = 1", 1),
+    ],
+)
+def test_i1_a_sample_that_is_in_no_state_or_a_wrong_one_is_counted(tmp_path: Path, harm: str, expected: int) -> None:
+    ledger = Ledger(tmp_path)
+    attempt = new_run(ledger)
+    for step in range(3):
+        commit(ledger, attempt, step)
+    ledger.record_samples(attempt, 3, sample_rows(4))  # in flight
+    assert ledger.count_unaccounted("demo", first_step=0, end_step=3) == 0
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute(harm)
+    connection.close()
+    assert ledger.count_unaccounted("demo", first_step=0, end_step=3) == expected
 
 
 def test_the_file_refuses_to_train_on_a_sample_twice(tmp_path: Path) -> None:
@@ -145,7 +189,7 @@ def test_a_rollout_is_recorded_once(tmp_path: Path) -> None:
 
 
 def test_samples_of_old_steps_go_and_their_counts_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_steps, "KEPT_SAMPLE_STEPS", 2)
+    monkeypatch.setattr(ledger_steps, "KEPT_SAMPLES", 8)
     ledger = Ledger(tmp_path)
     attempt = new_run(ledger)
     for step in range(5):

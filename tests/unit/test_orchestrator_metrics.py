@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.unit.run_inputs import step_record
 from tether_services.orchestrator.metrics import OrchestratorMetrics
-from tether_services.orchestrator.records import RunRecord, RunState
+from tether_services.orchestrator.records import Rollback, RunRecord, RunState
 from tether_services.orchestrator.remote import SERVICE_NAMES
 
 FAMILIES = {
@@ -23,6 +23,7 @@ FAMILIES = {
     "tether_samples_total",
     "tether_samples_unaccounted",
     "tether_breaker_open",
+    "tether_lagging_generators",
     "tether_policy_version",
     "tether_rollout_staleness_versions",
     "tether_adapter_push_duration_seconds",
@@ -45,6 +46,8 @@ FAMILIES = {
     "tether_importance_ratio_max",
     "tether_nan_total",
     "tether_resume_total",
+    "tether_alarms_total",
+    "tether_rollbacks_total",
     "tether_tokens_per_second",
     "tether_trainer_memory_bytes",
 }
@@ -79,6 +82,8 @@ def test_all_families_and_label_combinations_exist_from_the_start() -> None:
         assert exported.value("tether_step_total", outcome=outcome) == 0
     for state in ("generated", "scored", "trained", "dropped_stale", "dropped_invalid"):
         assert exported.value("tether_samples_total", state=state) == 0
+    for alarm in ("kl_max", "entropy_min", "score_drop", "mismatch_max"):
+        assert exported.value("tether_alarms_total", alarm=alarm) == 0
     for phase in ("rollout", "score", "ref", "train", "checkpoint", "push"):
         assert exported.value("tether_step_duration_seconds_count", phase=phase) == 0
     for stage in ("serialize", "transfer", "verify", "load", "activate"):
@@ -112,6 +117,38 @@ def test_i1_the_sample_counters_add_up() -> None:
     count = {s: exported.value("tether_samples_total", state=s) for s in ("generated", "trained", "dropped_stale")}
     assert count == {"generated": 7, "trained": 4, "dropped_stale": 2}
     assert count["generated"] == sum((4, 2, exported.value("tether_samples_total", state="dropped_invalid")))
+
+
+def test_a_rollback_counts_with_the_alarm_that_it_was_made_for() -> None:
+    exported = Exported()
+    first = Rollback(1, 5, 4, "step 5, alarm kl_max: kl_per_sequence is 9, above 5", 0.0)
+    for _ in range(2):  # told twice, counted once
+        exported.metrics.observe_rollbacks("demo", [first], before=0)
+    exported.metrics.observe_rollbacks("demo", [first, Rollback(2, 5, 4, "RollbackRun", 0.0)], before=0)
+    assert exported.value("tether_rollbacks_total") == 2
+    assert exported.value("tether_alarms_total", alarm="kl_max") == 1
+    assert exported.value("tether_alarms_total", alarm="entropy_min") == 0
+
+
+def test_rollbacks_from_before_this_process_do_not_count() -> None:
+    exported = Exported()
+    old, new = Rollback(1, 5, 4, "RollbackRun", 0.0), Rollback(2, 5, 4, "RollbackRun", 0.0)
+    exported.metrics.observe_rollbacks("demo", [old, new], before=1)
+    assert exported.value("tether_rollbacks_total") == 1
+
+
+def test_an_alarm_that_stops_a_run_counts() -> None:
+    exported = Exported()
+    error = "[ALARM] step 5, alarm entropy_min: entropy is 0.1, below 0.5; the step is not committed"
+    exported.metrics.observe_state(run_record(RunState.FAILED, error))
+    assert exported.value("tether_alarms_total", alarm="entropy_min") == 1
+    assert exported.value("tether_rollbacks_total") == 0
+
+
+def test_the_version_shown_is_the_one_that_the_step_made() -> None:
+    exported = Exported()
+    exported.metrics.observe_step(replace(step_record(2), new_version=7))
+    assert exported.value("tether_policy_version", role="trainer") == 7
 
 
 def test_an_undefined_figure_keeps_the_last_value() -> None:
@@ -156,23 +193,24 @@ def test_no_series_carries_a_run_id(tmp_path: Path) -> None:
     assert b"demo" not in generate_latest(exported.registry)
 
 
-def test_i1_what_a_step_asked_for_and_nobody_accounts_for_is_exported() -> None:
+def test_i1_what_nobody_accounts_for_is_exported() -> None:
     exported = Exported()
     exported.metrics.observe_step(
         step_record(0, samples_asked=9.0, samples_not_generated=2.0, samples_dropped=3.0, samples_abandoned=5.0)
     )
-    assert exported.value("tether_samples_unaccounted") == 0
     assert exported.value("tether_samples_total", state="not_generated") == 2
     assert exported.value("tether_samples_total", state="abandoned") == 5
-    exported.metrics.observe_step(step_record(1, samples_asked=10.0, samples_not_generated=2.0, samples_dropped=3.0))
-    assert exported.value("tether_samples_unaccounted") == 1, "the control: one sample is nowhere"
+    assert exported.value("tether_samples_unaccounted") == 0
+    exported.metrics.show_unaccounted(1)
+    assert exported.value("tether_samples_unaccounted") == 1
 
 
 def test_a_step_of_a_version_that_did_not_count_what_it_asked_for_is_shown() -> None:
     exported, old = Exported(), step_record(0)
     new = ("samples_asked", "samples_not_generated", "samples_abandoned")
     exported.metrics.observe_step(replace(old, metrics={k: v for k, v in old.metrics.items() if k not in new}))
-    assert exported.value("tether_samples_unaccounted") == 0
+    assert exported.value("tether_samples_total", state="generated") == 4
+    assert exported.value("tether_samples_total", state="abandoned") == 0
 
 
 def test_breakers_are_closed_until_a_run_says_otherwise() -> None:

@@ -186,7 +186,8 @@ def test_services_are_opened_at_the_configured_addresses_with_their_deadlines() 
 
     async def main() -> list[tuple[str, str, float]]:
         async with open_services(settings) as services:
-            remotes = (services.generator, services.adapter, services.reward, services.reference)
+            (ports,) = services.generators
+            remotes = (ports.generator, ports.adapter, services.reward, services.reference)
             return [(remote.name, remote.client.target, remote.client.timeout_seconds) for remote in remotes]
 
     assert asyncio.run(main()) == [

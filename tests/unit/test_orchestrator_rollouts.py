@@ -17,12 +17,12 @@ from tether.reference import LogprobResult
 from tether.reward import ScoreResult
 from tether_services.orchestrator.loop import to_batch
 from tether_services.orchestrator.records import SampleCounts
-from tether_services.orchestrator.rollouts import Identities, Rollout, Span, find_faults
+from tether_services.orchestrator.rollouts import Identities, Policy, Rollout, Span, find_faults
 from tether_services.orchestrator.step_metrics import DROP_REASONS
 
 
 def check(made: Generation) -> list[str]:
-    return find_faults(made, run_id="demo", policy_version=3, adapter_sha256="ab")
+    return find_faults(made, Policy("demo", 3, "ab"))
 
 
 def completion(

@@ -16,7 +16,7 @@ from tether.generator import GeneratorState
 from tether.reference import ReferenceState
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
 from tether_services.orchestrator.remote import open_services
-from tether_services.orchestrator.session import check_services
+from tether_services.orchestrator.service_checks import check_generator, check_reference
 
 GENERATOR = GeneratorState(
     engine="transformers",
@@ -38,7 +38,8 @@ REFERENCE = ReferenceState("transformers", "policy", "aa", 48, 512, 8)
 def check(config: RunConfig, generator: GeneratorState = GENERATOR, reference: ReferenceState = REFERENCE) -> None:
     async def main() -> None:
         async with open_services(OrchestratorSettings()) as services:
-            check_services(config, "aa", services, generator, reference)
+            check_generator(config, "aa", services.generators[0].generator, generator)
+            check_reference(config, "aa", services.reference, reference)
 
     asyncio.run(main())
 

@@ -13,6 +13,7 @@ from tests.unit.run_inputs import scored_sample
 from tether.errors import FailedPreconditionError, ResourceExhaustedError
 from tether_services.orchestrator.loop import check_update, warn_of_mismatch
 from tether_services.orchestrator.publishing import PushFigures
+from tether_services.orchestrator.records import StepNumbers
 from tether_services.orchestrator.rollouts import Rollout, Span
 from tether_services.orchestrator.step_metrics import DROP_REASONS, OPTIONAL_METRICS, STEP_METRICS
 from tether_services.orchestrator.step_record import StepClock, name_phase, summarise_push, summarise_step
@@ -56,8 +57,11 @@ def rollout() -> Rollout:
     )
 
 
+NUMBERS = StepNumbers(3, 5, 6, 1)
+
+
 def test_the_figures_of_a_step_are_counted_from_its_samples() -> None:
-    metrics = summarise_step(3, rollout(), update_report(), SECONDS, adapter_bytes=77).metrics
+    metrics = summarise_step(NUMBERS, rollout(), update_report(), SECONDS, adapter_bytes=77).metrics
     assert (metrics["samples_generated"], metrics["samples_trained"], metrics["samples_dropped"]) == (4, 3, 1)
     assert [metrics[f"dropped_{reason}"] for reason in DROP_REASONS] == [0, 0, 0, 0, 1, 0]
     assert [metrics[f"samples_{state}"] for state in ("asked", "not_generated", "abandoned")] == [6, 2, 7]
@@ -70,7 +74,7 @@ def test_the_figures_of_a_step_are_counted_from_its_samples() -> None:
 
 
 def test_overlapping_phases_have_their_own_spans_and_waits() -> None:
-    metrics = summarise_step(3, rollout(), update_report(), SECONDS, adapter_bytes=1).metrics
+    metrics = summarise_step(NUMBERS, rollout(), update_report(), SECONDS, adapter_bytes=1).metrics
     assert (metrics["rollout_seconds"], metrics["score_seconds"], metrics["ref_seconds"]) == (4.0, 4.5, 5.0)
     assert metrics["score_wait_seconds"] == 1.0
     assert metrics["train_wait_seconds"] == 2.0, "6 s of rollout phase, 4 s of generation"
@@ -93,8 +97,8 @@ def test_figures_of_a_push_that_were_not_measured_are_left_out() -> None:
 
 def test_a_record_has_every_name_of_the_list_and_no_other() -> None:
     before_push = {name: value for name, value in SECONDS.items() if name != "push_seconds"}
-    record = summarise_step(3, rollout(), update_report(), before_push, adapter_bytes=1)
-    assert (record.step, record.policy_version) == (3, 3)
+    record = summarise_step(NUMBERS, rollout(), update_report(), before_push, adapter_bytes=1)
+    assert (record.step, record.policy_version) == (3, 5)
     names = {*record.metrics, *summarise_push(PUSHED, SECONDS)}
     assert set(STEP_METRICS) - names <= OPTIONAL_METRICS
     assert names <= set(STEP_METRICS)
@@ -103,7 +107,7 @@ def test_a_record_has_every_name_of_the_list_and_no_other() -> None:
 
 def test_a_figure_that_is_undefined_is_left_out() -> None:
     report = update_report(explained_variance=math.nan)
-    assert "explained_variance" not in summarise_step(3, rollout(), report, SECONDS, adapter_bytes=1).metrics
+    assert "explained_variance" not in summarise_step(NUMBERS, rollout(), report, SECONDS, adapter_bytes=1).metrics
 
 
 def test_the_clock_times_phases_and_the_step() -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.unit.run_inputs import run_toml
 from tether.errors import AbortedError
 from tether_services.orchestrator import supervisor, worker
 from tether_services.orchestrator.config import OrchestratorSettings
+from tether_services.orchestrator.lease import boot_clock_ns
 from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.progress import note_try, note_work, unnoticed
 from tether_services.orchestrator.records import RunState
+from tether_services.orchestrator.trainer_thread import TrainerThread
+
+HANG_SECONDS = 0.3
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
@@ -60,3 +69,80 @@ def test_an_attempt_that_another_one_follows_writes_nothing(
 
 def test_a_worker_waits_for_the_ledger_for_less_than_the_silence_that_ends_it() -> None:
     assert 0 < worker.LEDGER_LEASES < supervisor._MISSED_LEASES
+
+
+async def wait_for_ever(done: threading.Event) -> None:
+    await asyncio.wait_for(asyncio.to_thread(done.wait), 30)
+
+
+async def block_the_loop(done: threading.Event) -> None:
+    done.wait(30)
+
+
+async def deadlock_the_trainer(done: threading.Event) -> None:
+    await TrainerThread().run(done.wait, 30)
+
+
+async def get_on(done: threading.Event) -> None:
+    while not done.is_set():
+        await asyncio.sleep(0.05)
+        note_work()
+
+
+async def wait_beside_work(done: threading.Event) -> None:
+    with unnoticed():
+        beside = asyncio.create_task(get_on(done))
+    await wait_for_ever(done)
+    await beside
+
+
+async def keep_trying(done: threading.Event) -> None:
+    while not done.is_set():
+        await asyncio.sleep(0.05)
+        note_try()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize(
+    ("work", "expires", "expires_after_cancel"),
+    [
+        (wait_for_ever, True, True),
+        (block_the_loop, True, True),
+        (wait_beside_work, True, True),
+        (deadlock_the_trainer, True, True),
+        (keep_trying, False, True),
+        (get_on, False, False),
+    ],
+)
+def test_the_lease_of_a_worker_runs_out_when_it_hangs_and_only_then(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[[threading.Event], Awaitable[None]],
+    expires: bool,
+    expires_after_cancel: bool,
+    cancelled: bool,
+) -> None:
+    done, watched = threading.Event(), Ledger(tmp_path)
+    changed = {"lease_seconds": 0.2, "hang_seconds": HANG_SECONDS, "cancel_seconds": HANG_SECONDS}
+    settings = OrchestratorSettings().model_copy(update=changed)
+    attempt = watched.create_run("demo", config_toml=run_toml(tmp_path), total_steps=3)
+    monkeypatch.setattr(worker, "_train", lambda *given: work(done))
+    thread = threading.Thread(target=lambda: asyncio.run(worker.run_attempt(settings, Ledger(tmp_path), attempt)))
+    thread.start()
+    while watched.get_lease("demo") is None:
+        time.sleep(0.01)
+    if cancelled:
+        watched.request_cancel("demo")
+    time.sleep(HANG_SECONDS + 1.0)
+    lease = watched.get_lease("demo")
+    done.set()
+    thread.join()
+    assert lease is not None
+    assert (lease.expires_ns < boot_clock_ns()) is (expires_after_cancel if cancelled else expires)
+
+
+@pytest.mark.parametrize("name", ["generate_timeout_seconds", "score_timeout_seconds", "adapter_timeout_seconds"])
+def test_a_bound_on_hangs_that_a_call_could_reach_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"hang_seconds must be above {name} = 599"):
+        OrchestratorSettings.model_validate({name: 599, "hang_seconds": 599})
+    assert OrchestratorSettings.model_validate({name: 600, "hang_seconds": 0}).hang_seconds == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def declare(
 
 def begin(storage: AdapterStorage, **changes: Any) -> Upload:
     """An upload whose first stream is open."""
-    upload = Uploads(storage, expire_seconds=60).begin(declare(**changes), epoch=1)
+    upload = asyncio.run(Uploads(storage, expire_seconds=60).begin(declare(**changes), epoch=1))
     upload.stream = 1
     return upload
 

@@ -22,7 +22,7 @@ from tether.errors import (
     UnimplementedError,
 )
 from tether.generator import Completion, Generation, GeneratorClient, GeneratorState, Message, SamplingParams
-from tether.orchestrator import OrchestratorClient, Run, SampleCounts, StepEvent, StepState
+from tether.orchestrator import OrchestratorClient, Rollback, Run, SampleCounts, StepEvent, StepState
 from tether.reference import ItemLogprobs, LogprobItem, LogprobResult, ReferenceClient, ReferenceState
 from tether.reward import (
     CompareResult,
@@ -72,6 +72,7 @@ __all__ = [
     "ResourceExhaustedError",
     "RewardClient",
     "RewardModel",
+    "Rollback",
     "Run",
     "SampleCounts",
     "SamplingParams",

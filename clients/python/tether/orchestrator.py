@@ -20,7 +20,16 @@ from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 if TYPE_CHECKING:
     from tether.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub
 
-__all__ = ["FINAL_STATES", "OrchestratorClient", "Run", "RunState", "SampleCounts", "StepEvent", "StepState"]
+__all__ = [
+    "FINAL_STATES",
+    "OrchestratorClient",
+    "Rollback",
+    "Run",
+    "RunState",
+    "SampleCounts",
+    "StepEvent",
+    "StepState",
+]
 
 RunState = Literal["pending", "running", "succeeded", "failed", "cancelled"]
 FINAL_STATES: Final[frozenset[RunState]] = frozenset({"succeeded", "failed", "cancelled"})
@@ -39,6 +48,25 @@ _STATES: dict[int, RunState] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Rollback:
+    """Committed steps that were taken back."""
+
+    from_step: int
+    """Steps that were committed before it."""
+    to_step: int
+    """Steps that stayed."""
+    reason: str
+    """What it was made for."""
+    time: datetime
+    """When it was made, in UTC."""
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        moment = self.time.strftime("%Y-%m-%d %H:%M:%S")
+        return f"{moment} UTC: from {self.from_step} to {self.to_step} steps ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A training run."""
 
@@ -47,7 +75,7 @@ class Run:
     state: RunState
     """Its state."""
     committed_step_count: int
-    """Steps committed."""
+    """Steps committed and not rolled back."""
     total_step_count: int
     """Steps planned."""
     policy_version: int
@@ -60,6 +88,8 @@ class Run:
     """When it ended, in UTC; None while it runs."""
     directory: str
     """Its folder on the orchestrator's machine."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Oldest first."""
 
     @property
     def ended(self) -> bool:
@@ -79,6 +109,8 @@ class StepEvent:
     """What was measured; the orchestrator's README lists the names."""
     commit_time: datetime
     """When it was committed, in UTC."""
+    new_version: int
+    """Version that it made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +147,8 @@ class StepState:
     """Content hash (hex SHA-256) of that checkpoint."""
     commit_time: datetime
     """When it was committed, in UTC."""
+    new_version: int
+    """Version that it made."""
 
 
 class OrchestratorClient(ServiceClient):
@@ -138,7 +172,7 @@ class OrchestratorClient(ServiceClient):
     async def get_run(self, run_id: str, *, timeout_seconds: float | None = None) -> Run:
         """Return a run. NotFoundError if there is none of that name."""
         request = orchestrator_pb2.GetRunRequest(run_id=run_id)
-        return _run((await self._call(self._stub.GetRun, request, timeout_seconds)).run)
+        return _run((await self._read(self._stub.GetRun, request, timeout_seconds)).run)
 
     async def list_runs(self, *, timeout_seconds: float | None = None) -> tuple[Run, ...]:
         """Return all runs, newest first."""
@@ -146,7 +180,7 @@ class OrchestratorClient(ServiceClient):
         token = ""
         while True:
             request = orchestrator_pb2.ListRunsRequest(page_token=token)
-            page = await self._call(self._stub.ListRuns, request, timeout_seconds)
+            page = await self._read(self._stub.ListRuns, request, timeout_seconds)
             runs += [_run(run) for run in page.runs]
             token = page.next_page_token
             if not token:
@@ -163,16 +197,53 @@ class OrchestratorClient(ServiceClient):
         request = orchestrator_pb2.CancelRunRequest(run_id=run_id, request_id=request_id or str(uuid4()))
         return _run((await self._call(self._stub.CancelRun, request, timeout_seconds)).run)
 
-    async def resume_run(self, run_id: str, *, request_id: str = "", timeout_seconds: float | None = None) -> Run:
-        """Continue a failed or cancelled run from its last committed step, and return it.
+    async def resume_run(
+        self,
+        run_id: str,
+        *,
+        from_step: int | None = None,
+        request_id: str = "",
+        timeout_seconds: float | None = None,
+    ) -> Run:
+        """Continue a failed or cancelled run from its last committed step or an earlier one, and return it.
 
         Args:
             run_id: Its name.
+            from_step: Committed steps that stay, the others are rolled back first; None: all stay.
             request_id: UUID of the request; repeat a call whose answer was lost with the same one. Empty: a new one.
             timeout_seconds: Deadline of the call.
+
+        Raises:
+            FailedPreconditionError: It runs or has succeeded, or the checkpoint of that step is gone.
         """
-        request = orchestrator_pb2.ResumeRunRequest(run_id=run_id, request_id=request_id or str(uuid4()))
+        with request_field("from_step"):
+            request = orchestrator_pb2.ResumeRunRequest(
+                run_id=run_id, request_id=request_id or str(uuid4()), from_step=from_step
+            )
         return _run((await self._call(self._stub.ResumeRun, request, timeout_seconds)).run)
+
+    async def roll_back_run(
+        self, run_id: str, *, to_step: int | None = None, request_id: str = "", timeout_seconds: float | None = None
+    ) -> Run:
+        """Take back the last committed steps of a run, and return it.
+
+        A run that has ended stays so until it is resumed; an active one is rolled back after its current step and goes
+        on.
+
+        Args:
+            run_id: Its name.
+            to_step: Committed steps that stay; None: all but the last one.
+            request_id: UUID of the request; repeat a call whose answer was lost with the same one. Empty: a new one.
+            timeout_seconds: Deadline of the call.
+
+        Raises:
+            FailedPreconditionError: It has succeeded, or the checkpoint of that step is gone.
+        """
+        with request_field("to_step"):
+            request = orchestrator_pb2.RollbackRunRequest(
+                run_id=run_id, to_step=to_step, request_id=request_id or str(uuid4())
+            )
+        return _run((await self._call(self._stub.RollbackRun, request, timeout_seconds)).run)
 
     async def list_steps(
         self, run_id: str, *, first_step: int = 0, timeout_seconds: float | None = None
@@ -183,7 +254,7 @@ class OrchestratorClient(ServiceClient):
         while following is not None:
             with request_field("first_step"):
                 request = orchestrator_pb2.ListStepsRequest(run_id=run_id, first_step=following, page_size=1000)
-            page = await self._call(self._stub.ListSteps, request, timeout_seconds)
+            page = await self._read(self._stub.ListSteps, request, timeout_seconds)
             steps += [_step_state(step) for step in page.steps]
             following = page.next_step if page.HasField("next_step") else None
         return tuple(steps)
@@ -191,8 +262,9 @@ class OrchestratorClient(ServiceClient):
     async def watch_run(
         self, run_id: str, *, first_step: int = 0, stream_seconds: float = 300.0
     ) -> AsyncGenerator[StepEvent | Run, None]:
-        """Yield every committed step from `first_step` on, once each and in order, and every change of the run's state.
+        """Yield every committed step from `first_step` on, once each and in order, and every change of the run.
 
+        After a rollback the run is yielded, then the steps that are made again.
         Ends after a final state. However long the run, no call is without a deadline: a stream that reached its own, or
         broke, is opened again at the next step.
 
@@ -205,10 +277,14 @@ class OrchestratorClient(ServiceClient):
             NotFoundError: There is no such run.
             UnavailableError: The orchestrator could not be reached several times in a row.
         """
-        next_step, state, failures = first_step, None, 0
+        next_step, failures = first_step, 0
+        state: Run | None = None
         while True:
             with request_field("first_step"):
-                request = orchestrator_pb2.WatchRunRequest(run_id=run_id, first_step=next_step)
+                known = None if state is None else len(state.rollbacks)
+                request = orchestrator_pb2.WatchRunRequest(
+                    run_id=run_id, first_step=next_step, known_rollback_count=known
+                )
             try:
                 async for response in self._stream(self._stub.WatchRun, request, self._timeout(stream_seconds)):
                     failures = 0
@@ -234,7 +310,7 @@ def _event(response: orchestrator_pb2.WatchRunResponse) -> StepEvent | Run:
         return _run(response.run)
     step = response.step
     metrics = {metric.name: metric.value for metric in step.metrics}
-    return StepEvent(step.step, step.policy_version, metrics, _time(step.commit_time))
+    return StepEvent(step.step, step.policy_version, metrics, _time(step.commit_time), step.new_version)
 
 
 def _step_state(step: orchestrator_pb2.StepState) -> StepState:
@@ -248,6 +324,7 @@ def _step_state(step: orchestrator_pb2.StepState) -> StepState:
         checkpoint=step.checkpoint,
         checkpoint_sha256=step.checkpoint_sha256,
         commit_time=_time(step.commit_time),
+        new_version=step.new_version,
     )
 
 
@@ -262,6 +339,7 @@ def _run(run: orchestrator_pb2.Run) -> Run:
         create_time=_time(run.create_time),
         end_time=_time(run.end_time) if run.HasField("end_time") else None,
         directory=run.directory,
+        rollbacks=tuple(Rollback(r.from_step, r.to_step, r.reason, _time(r.time)) for r in run.rollbacks),
     )
 
 

@@ -113,7 +113,11 @@ async def _act(client: OrchestratorClient, known: argparse.Namespace) -> Run:
         from tether_services.cli.run_document import read_run_document
 
         return await client.start_run(known.run_id, read_run_document(known.config, known.overrides))
-    actions = {"get": client.get_run, "cancel": client.cancel_run, "resume": client.resume_run}
+    if known.action == "resume":
+        return await client.resume_run(known.run_id, from_step=known.from_step)
+    if known.action == "rollback":
+        return await client.roll_back_run(known.run_id, to_step=known.to_step)
+    actions = {"get": client.get_run, "cancel": client.cancel_run}
     return await actions[known.action](known.run_id)
 
 
@@ -149,9 +153,15 @@ def run_table(entry: Run) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)
-        if value not in ("", None):
-            table.add_row(field.name, value.isoformat() if isinstance(value, datetime) else escape(str(value)))
+        if value not in ("", None, ()):
+            table.add_row(field.name, _cell(value))
     return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return escape("\n".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
 def print_json(value: Any) -> None:

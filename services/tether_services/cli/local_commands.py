@@ -21,7 +21,9 @@ def up(known: argparse.Namespace) -> int:
     """Run the four services until Ctrl-C and return the exit status."""
     overrides: dict[str, Any] = {}
     merge_overrides(overrides, known.overrides)
-    options = local_options(known, state_dir=known.state_dir, settings=overrides, usual_ports=True)
+    options = local_options(
+        known, state_dir=known.state_dir, settings=overrides, usual_ports=True, deterministic=known.deterministic
+    )
     return run_until_interrupted(_up(options))
 
 

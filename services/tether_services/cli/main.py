@@ -92,6 +92,11 @@ def _add_up(commands: Commands) -> None:
     _add_local(parser)
     parser.add_argument("--state-dir", type=Path, default=Path("runs"), metavar="DIR", help="runs and logs (runs)")
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="no answer depends on what else is asked at the time: the same seeds give the same bits; slower",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -131,6 +136,7 @@ def _add_run(commands: Commands) -> None:
         "watch": "show the progress of a run until it has ended",
         "cancel": "stop a run after its current step",
         "resume": "continue a failed or cancelled run",
+        "rollback": "take back the last steps of a run",
     }
     for action, text in texts.items():
         inner = actions.add_parser(action, help=text, description=f"{text.capitalize()}.")
@@ -142,6 +148,12 @@ def _add_run(commands: Commands) -> None:
             inner.add_argument("--watch", action="store_true", help="show its progress until it has ended")
         if action == "start":
             _add_run_config(inner)
+        if action == "resume":
+            text = "committed steps that stay; the others are rolled back first (all stay)"
+            inner.add_argument("--from-step", type=int, metavar="N", help=text)
+        if action == "rollback":
+            text = "committed steps that stay, 0 to begin anew (all but the last one)"
+            inner.add_argument("--to-step", type=int, metavar="N", help=text)
         if action == "show":
             inner.set_defaults(run=_show)
             inner.add_argument("--steps", action="store_true", help="with samples, adapter and checkpoint of each step")

@@ -43,14 +43,14 @@ async def _read(known: argparse.Namespace) -> tuple[Run, tuple[StepState, ...]]:
 def steps_table(steps: Sequence[StepState]) -> Table:
     """Return a table with a row per committed step; the sums are in the last one."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("step", "version", "attempt", "asked", "generated", "trained", "dropped"):
+    for heading in ("step", "version", "makes", "attempt", "asked", "generated", "trained", "dropped"):
         table.add_column(heading, justify="right")
     for heading in ("adapter made", "checkpoint", "committed (UTC)"):
         table.add_column(heading, no_wrap=heading != "checkpoint", overflow="fold")
     for step in steps:
         counts = step.samples
         table.add_row(
-            *(str(step.step), str(step.policy_version), str(step.epoch)),
+            *(str(step.step), str(step.policy_version), str(step.new_version), str(step.epoch)),
             *(str(counts.asked), str(counts.generated), str(counts.trained), _dropped(step)),
             *(step.adapter_sha256[:_SHOWN_HASH], step.checkpoint or "-"),
             step.commit_time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -58,7 +58,7 @@ def steps_table(steps: Sequence[StepState]) -> Table:
     if len(steps) > 1:
         totals = [sum(getattr(step.samples, name) for step in steps) for name in ("asked", "generated", "trained")]
         dropped = sum(sum(step.samples.dropped.values()) for step in steps)
-        table.add_row("sum", "", "", *map(str, totals), str(dropped))
+        table.add_row("sum", "", "", "", *map(str, totals), str(dropped))
     return table
 
 
@@ -70,9 +70,13 @@ def _dropped(step: StepState) -> str:
 
 def as_json(run: Run, steps: Sequence[StepState] | None) -> dict[str, Any]:
     """Return a run as plain values, with its steps unless they are None; times in ISO 8601."""
-    content = _plain(dataclasses.asdict(run))
+    content: dict[str, Any] = _plain(dataclasses.asdict(run))
     return content if steps is None else content | {"steps": [_plain(dataclasses.asdict(step)) for step in steps]}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.isoformat() if isinstance(value, datetime) else value

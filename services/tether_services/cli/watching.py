@@ -66,6 +66,7 @@ class RunView:
         if isinstance(event, Run):
             self._progress.update(self._task, description=escape(_describe(event)), total=event.total_step_count)
         else:
+            self._steps = [step for step in self._steps if step.step < event.step]  # others were rolled back
             self._steps.append(event)
             self._progress.update(self._task, completed=event.step + 1)
         if self._live is None:
@@ -110,4 +111,5 @@ def _cells(event: StepEvent) -> list[str]:
 
 
 def _describe(run: Run) -> str:
-    return f"run {run.run_id} {run.state}" + (f": {run.error}" if run.error else "")
+    text = f"run {run.run_id} {run.state}" + (f": {run.error}" if run.error else "")
+    return text + (f"; rolled back {len(run.rollbacks)} times" if run.rollbacks else "")

@@ -1,1 +1,1 @@
-"""The PPO orchestrator: StartRun, GetRun, ListRuns, CancelRun, ResumeRun, WatchRun and ListSteps."""
+"""The PPO orchestrator: StartRun, GetRun, ListRuns, CancelRun, ResumeRun, RollbackRun, WatchRun and ListSteps."""

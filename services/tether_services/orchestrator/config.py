@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
-__all__ = ["FailureConfig", "OrchestratorSettings", "PpoConfig", "RunConfig", "TrainerConfig"]
+__all__ = [
+    "AlarmConfig",
+    "FailureConfig",
+    "GeneratorAddress",
+    "OrchestratorSettings",
+    "PpoConfig",
+    "RunConfig",
+    "TrainerConfig",
+]
 
 PROGRAM = "tether serve orchestrator"
 ENV_PREFIX = "TETHER_ORCHESTRATOR__"
@@ -173,6 +181,31 @@ class FailureConfig(Settings):
     """Repeats that all calls of a step may make together, 0 to 1,000,000."""
 
 
+class AlarmConfig(Settings):
+    """Figures of a step beyond which the policy went wrong. The step that raises an alarm is never committed."""
+
+    kl_max: float | None = Field(default=None, gt=0)
+    """Largest KL to the reference, nats summed over a response, above 0; unset: no alarm."""
+    entropy_min: float | None = Field(default=None, gt=0)
+    """Smallest entropy of the policy, nats per token, above 0; unset: no alarm."""
+    score_drop: float | None = Field(default=None, gt=0)
+    """Largest drop of the mean score below that of the last 10 steps, in standard deviations of the scores, above 0;
+    unset: no alarm."""
+    mismatch_max: float | None = Field(default=None, gt=0)
+    """Largest mean |trainer - generator logprob|, nats, above 0, below `ppo.mismatch_limit`; unset: no alarm."""
+    action: Literal["stop", "rollback"] = "stop"
+    """`stop` fails the run, `rollback` takes its last steps back and goes on with other samples."""
+    rollback_steps: int = Field(default=1, ge=1, le=999)
+    """Committed steps that a rollback takes back, beside the one with the alarm, 1 to 999, below `keep_checkpoints`."""
+    max_rollbacks: int = Field(default=3, ge=1, le=1000)
+    """An alarm after so many rollbacks fails the run; ResumeRun begins to count anew, 1 to 1000."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any alarm."""
+        return any(limit is not None for limit in (self.kl_max, self.entropy_min, self.score_drop, self.mismatch_max))
+
+
 class RunConfig(Settings):
     """One training run. Relative paths are relative to the working directory of the orchestrator."""
 
@@ -209,6 +242,16 @@ class RunConfig(Settings):
     ppo: PpoConfig = PpoConfig()
     trainer: TrainerConfig
     failure: FailureConfig = FailureConfig()
+    alarms: AlarmConfig = AlarmConfig()
+
+
+class GeneratorAddress(Settings):
+    """One of several generators."""
+
+    address: str = Field(min_length=1)
+    """host:port of the generator."""
+    adapter_address: str = Field(min_length=1)
+    """host:port of its admin port."""
 
 
 class OrchestratorSettings(ServerSettings):
@@ -228,6 +271,14 @@ class OrchestratorSettings(ServerSettings):
     """host:port of the generator."""
     adapter_address: str = "127.0.0.1:50061"
     """host:port of the generator's admin port."""
+    generators: tuple[GeneratorAddress, ...] = Field(default=(), max_length=1000)
+    """Several generators of the same base that share the prompts, as tables {address, adapter_address}; they stand in
+    for generator_address and adapter_address."""
+    laggards: Literal["wait", "leave_out"] = "wait"
+    """Of several generators, one that does not get the policy of the next step: the step waits for it, or is made
+    without it until it is back."""
+    laggard_seconds: float = Field(default=900.0, gt=0, le=86400)
+    """Longest wait for such a generator, or with leave_out for the first of them; then the attempt fails."""
     reward_address: str = "127.0.0.1:50052"
     """host:port of the reward service."""
     reference_address: str = "127.0.0.1:50053"
@@ -239,7 +290,10 @@ class OrchestratorSettings(ServerSettings):
     adapter_timeout_seconds: float = Field(default=120.0, gt=0, le=600)
     """Deadline of one push or activation of an adapter, at most 600."""
     cancel_seconds: float = Field(default=300.0, gt=0, le=86400)
-    """A worker that is still at work this long after CancelRun is ended; longer than a step takes."""
+    """After CancelRun, a worker that gets nothing done for this long is ended; a long step that gets on is not."""
+    hang_seconds: float = Field(default=900.0, ge=0, le=86400)
+    """A worker that neither gets anything done nor tries anything for this long is started again; longer than loading
+    the model, a micro-batch or a call takes; 0: never."""
     max_retries: int = Field(default=10, ge=0, le=1000)
     """A call that finds a service away, silent or full is repeated this often before it counts as failed."""
     retry_backoff_seconds: float = Field(default=0.5, gt=0, le=60)
@@ -251,8 +305,40 @@ class OrchestratorSettings(ServerSettings):
     orchestrator ended."""
     max_restarts: int = Field(default=5, ge=0, le=1000)
     """A run that dies this often in a row without a new step is FAILED and waits for ResumeRun."""
+    storage_wait_seconds: float = Field(default=60.0, ge=0, le=86400)
+    """A step waits this long for room on a full disk, its own or a generator's, before the run is FAILED."""
     lease_seconds: float = Field(default=20.0, ge=1, le=3600)
     """A worker renews its lease four times in this time; one that has not for three times as long is ended."""
     keep_checkpoint_hours: float | None = Field(default=None, gt=0)
     """Checkpoints older than this are removed although `keep_checkpoints` would keep them, never the newest; unset: no
     limit."""
+
+    @property
+    def generator_addresses(self) -> tuple[GeneratorAddress, ...]:
+        """Every generator, at least one."""
+        alone = GeneratorAddress(address=self.generator_address, adapter_address=self.adapter_address)
+        return self.generators or (alone,)
+
+    @model_validator(mode="after")
+    def _hangs_after_every_deadline(self) -> Self:
+        """Refuse to take a call in flight for a hang."""
+        for name in ("generate_timeout_seconds", "score_timeout_seconds", "adapter_timeout_seconds"):
+            if 0 < self.hang_seconds <= getattr(self, name):
+                longest = f"{name} = {getattr(self, name):g}"
+                raise ValueError(f"hang_seconds must be above {longest}, or 0: a call in flight is no hang")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        """Refuse what would be ignored, and a generator that is named twice."""
+        fields = type(self).model_fields
+        named = [address for each in self.generators for address in (each.address, each.adapter_address)]
+        if len(set(named)) < len(named):
+            raise ValueError("generators: an address is there twice")
+        for name in ("generator_address", "adapter_address") if self.generators else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect beside generators; put it into that list")
+        for name in ("laggards", "laggard_seconds") if len(self.generators) < 2 else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect with one generator; it is about several, see generators")
+        return self

@@ -66,7 +66,7 @@ async def evaluate(session: Session, moment: Literal["before", "after"]) -> Eval
     with name_phase(f"evaluation {moment}"):
         rollout = await session.collector.collect(prompts, seeds, session.plan(1))
         result = summarise_evaluation(rollout, policy_version=session.publisher.policy_version)
-    session.files.write_json(f"evaluation_{moment}.json", asdict(result))
+        await session.write(session.files.write_json, f"evaluation_{moment}.json", asdict(result))
     log_event(
         log,
         f"evaluated {moment}",

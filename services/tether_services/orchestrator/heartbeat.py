@@ -1,15 +1,18 @@
-"""Keeps the lease of a run while its worker lives, in a thread: a step can keep the event loop busy for minutes."""
+"""Keeps the lease of a run while its worker gets on, in a thread: a step can keep the event loop busy for minutes."""
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import threading
 from types import TracebackType
 from typing import Self
 
 from tether.errors import AbortedError, TetherError
+from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.lease import Lease, boot_clock_ns
 from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.progress import read_signs
 from tether_services.runtime.logging import log_event
 
 __all__ = ["Heartbeat"]
@@ -21,19 +24,28 @@ _RENEWALS = 4
 
 
 class Heartbeat:
-    """Renews a lease until the block ends, and says whether it is still held. A context manager."""
+    """Renews a lease until the block ends, and says whether it is still held. A context manager.
 
-    def __init__(self, ledger: Ledger, lease: Lease, *, seconds: float) -> None:
+    It is not renewed while this process gives no sign of getting on, see `progress`, for `hang_seconds`; nor, once
+    CancelRun was called, while it gets nothing done for `cancel_seconds`. The supervisor then ends the process.
+    """
+
+    def __init__(self, ledger: Ledger, lease: Lease, settings: OrchestratorSettings) -> None:
         """Prepare.
 
         Args:
             ledger: Where the lease was taken.
             lease: The lease.
-            seconds: How long each renewal makes it last.
+            settings: How long each renewal makes it last, and how long this process may be silent.
         """
         self._ledger = ledger
         self._lease = lease
-        self._seconds = seconds
+        self._settings = settings
+        self._seconds = settings.lease_seconds
+        self._interval = self._seconds / _RENEWALS
+        self._signs = read_signs()
+        self._silent_seconds = self._idle_seconds = 0.0
+        self._stuck = False
         self._lost: AbortedError | None = None
         self._renewing = threading.Lock()
         self._over = threading.Event()
@@ -64,15 +76,35 @@ class Heartbeat:
             self._renew()
 
     def _beat(self) -> None:
-        while not self._over.wait(self._seconds / _RENEWALS):
+        while not self._over.wait(self._interval):
             try:
-                self._renew()
+                self._look()
+                if not self._stuck:
+                    self._renew()
             except AbortedError as error:
                 self._lost = error
                 log_event(log, "lease lost", level=logging.ERROR, run_id=self._lease.run_id, error=error.message)
                 return
             except TetherError as error:  # tried again; `check` raises it if the lease runs out
                 log_event(log, "lease not renewed", level=logging.WARNING, run_id=self._lease.run_id, error=str(error))
+
+    def _look(self) -> None:
+        """Find out whether this process is stuck.
+
+        Time is counted in beats, so that one in which the whole process or machine stood still is short.
+        """
+        signs, cancelled = read_signs(), self._ledger.get_run(self._lease.run_id).cancel_requested
+        is_silent, is_idle = signs == self._signs, signs.work == self._signs.work and cancelled
+        self._silent_seconds = self._silent_seconds + self._interval if is_silent else 0.0
+        self._idle_seconds = self._idle_seconds + self._interval if is_idle else 0.0
+        self._signs = signs
+        hangs = 0 < self._settings.hang_seconds < self._silent_seconds
+        stuck = hangs or self._idle_seconds > self._settings.cancel_seconds
+        if stuck and not self._stuck:
+            idle = max(self._silent_seconds, self._idle_seconds)
+            log_event(log, "worker is stuck", level=logging.ERROR, run_id=self._lease.run_id, seconds=idle)
+            faulthandler.dump_traceback()
+        self._stuck = stuck
 
     def _renew(self) -> None:
         with self._renewing:

@@ -13,23 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tether.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from tether_services.orchestrator import ledger_runs, ledger_schema, ledger_steps
+from tether_services.orchestrator import ledger_rollback, ledger_runs, ledger_schema, ledger_steps
 from tether_services.orchestrator.lease import Lease, boot_clock_ns, boot_id, own_holder
 from tether_services.orchestrator.ledger_file import LedgerFile
+from tether_services.orchestrator.ledger_reading import LedgerReader
 from tether_services.orchestrator.records import (
-    FINAL_STATES,
     RESUMABLE_STATES,
     Attempt,
     CheckpointRow,
+    Rollback,
     RunIdentity,
     RunRecord,
     RunState,
     SampleRow,
     StepOutcome,
     StepRecord,
-    StepState,
 )
 from tether_services.runtime.fault_points import reach
+from tether_services.runtime.history import record as record_history
 
 __all__ = ["Ledger"]
 
@@ -37,7 +38,7 @@ BUSY_SECONDS = 10.0
 """How long a transaction waits for one of another process unless told otherwise."""
 
 
-class Ledger:
+class Ledger(LedgerReader):
     """Runs and steps in `<state_dir>/ledger.sqlite`. Safe to use from several threads and processes."""
 
     def __init__(
@@ -53,11 +54,11 @@ class Ledger:
         Raises:
             TetherError: STORAGE_FULL, LEDGER_BUSY, LEDGER_DAMAGED, LEDGER_UNWRITABLE or LEDGER_NEWER.
         """
-        self.state_dir = state_dir.resolve()
-        self.state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir = state_dir.resolve()
+        state_dir.mkdir(parents=True, exist_ok=True)
+        super().__init__(state_dir, LedgerFile(state_dir / "ledger.sqlite", busy_seconds=busy_seconds))
         self._clock_ns = clock_ns
         self._leases: dict[str, Lease] = {}
-        self._file = LedgerFile(self.state_dir / "ledger.sqlite", busy_seconds=busy_seconds)
         try:
             with self._file.write() as connection:
                 ledger_schema.prepare(connection, self.state_dir)
@@ -68,10 +69,6 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def directory(self, run_id: str) -> Path:
-        """Return the folder of a run."""
-        return self.state_dir / run_id
 
     def create_run(self, run_id: str, *, config_toml: str, total_steps: int) -> Attempt:
         """Record a new run in state PENDING and return its first attempt.
@@ -94,16 +91,19 @@ class Ledger:
                 ) from error
         return Attempt(run_id, 1, self.directory(run_id))
 
-    def begin_attempt(self, run_id: str, *, request_id: str = "") -> Attempt:
+    def begin_attempt(self, run_id: str, *, request_id: str = "", from_step: int | None = None) -> Attempt:
         """Put a failed or cancelled run back to PENDING under a new epoch and return the attempt.
 
         Args:
             run_id: The run.
             request_id: Kept with the answer, see `find_answer`; empty: not.
+            from_step: Committed steps that stay, the others are rolled back first; None: all.
 
         Raises:
             NotFoundError: There is no such run.
-            FailedPreconditionError: It runs or has succeeded (RUN_NOT_RESUMABLE), or another is active (RUN_ACTIVE).
+            InvalidArgumentError: It does not have so many steps.
+            FailedPreconditionError: It runs or has succeeded (RUN_NOT_RESUMABLE), another is active (RUN_ACTIVE), or
+                the checkpoint of that step is gone (CHECKPOINT_REMOVED).
         """
         with self._file.write() as connection:
             run = ledger_runs.get_run(connection, run_id)
@@ -111,32 +111,48 @@ class Ledger:
                 message = f"Run {run_id!r} is {run.state.value}; only a failed or cancelled run can be resumed."
                 raise FailedPreconditionError(message, field="run_id", reason="RUN_NOT_RESUMABLE")
             ledger_runs.refuse_while_active(connection)
+            rollback = None
+            if from_step is not None:
+                ledger_rollback.check_way_back(connection, run, from_step, field="from_step")
+                rollback = ledger_rollback.roll_back(connection, run, from_step, reason="ResumeRun")
             attempt = self._next_attempt(connection, run, restarts=0)
+            connection.execute("UPDATE runs SET alarm_rollbacks = 0 WHERE run_id = ?", (run_id,))
             begun = ledger_runs.get_run(connection, run_id)
             ledger_runs.remember_answer(connection, request_id, "ResumeRun", begun)
+        _note(run, rollback)
         return attempt
 
     def restart_attempt(self, attempt: Attempt, *, reason: str, max_restarts: int) -> Attempt | None:
         """Put a run whose worker died back to PENDING under a new epoch; None if it has ended or ends now.
 
-        It ends now as CANCELLED if that was asked for, and as FAILED for `reason` after `max_restarts` restarts since
-        the last committed step.
+        A rollback that was asked for is made first; what it stopped is not counted as a restart. The run ends now as
+        CANCELLED if that was asked for, and as FAILED for `reason` after `max_restarts` restarts since the last
+        committed step.
         """
         with self._file.write() as connection:
             try:
                 run = ledger_runs.check_epoch(connection, attempt)
             except AbortedError:
                 return None
-            query = "SELECT restarts FROM runs WHERE run_id = ?"
-            (restarts,) = connection.execute(query, (run.run_id,)).fetchone()
-            if run.cancel_requested:
-                self._end(connection, run, RunState.CANCELLED, error="", interrupted=False)
-                return None
-            if restarts >= max_restarts:
-                error = reason + (f" ({restarts} restarts in a row brought no step)" if restarts else "")
-                self._end(connection, run, RunState.FAILED, error=error, interrupted=False)
-                return None
-            return self._next_attempt(connection, run, restarts=restarts + 1)
+            rollback = ledger_rollback.settle(connection, run)
+            following = self._restart(connection, run, reason=reason, max_restarts=max_restarts)
+        _note(run, rollback)
+        return following
+
+    def _restart(
+        self, connection: sqlite3.Connection, run: RunRecord, *, reason: str, max_restarts: int
+    ) -> Attempt | None:
+        query = "SELECT restarts FROM runs WHERE run_id = ?"
+        (restarts,) = connection.execute(query, (run.run_id,)).fetchone()
+        died = run.rollback_to is None
+        if run.cancel_requested:
+            self._end(connection, run, RunState.CANCELLED, error="", interrupted=False)
+            return None
+        if died and restarts >= max_restarts:
+            error = reason + (f" ({restarts} restarts in a row brought no step)" if restarts else "")
+            self._end(connection, run, RunState.FAILED, error=error, interrupted=False)
+            return None
+        return self._next_attempt(connection, run, restarts=restarts + died)
 
     def _next_attempt(self, connection: sqlite3.Connection, run: RunRecord, *, restarts: int) -> Attempt:
         ledger_steps.abandon_samples(connection, run.run_id)
@@ -173,11 +189,6 @@ class Ledger:
             connection.execute("UPDATE leases SET expires_ns = ? WHERE run_id = ?", (expires_ns, lease.run_id))
         return Lease(lease.run_id, lease.epoch, lease.holder, lease.boot_id, expires_ns)
 
-    def get_lease(self, run_id: str) -> Lease | None:
-        """Return the lease of a run; None if nobody has taken it."""
-        with self._file.read() as connection:
-            return ledger_runs.read_lease(connection, run_id)
-
     def mark_running(self, attempt: Attempt) -> None:
         """Say that the worker of this attempt is training.
 
@@ -209,10 +220,20 @@ class Ledger:
             self._check_writer(connection, attempt)
             ledger_steps.add_samples(connection, attempt, step, rows)
 
+    def record_abandoned(self, attempt: Attempt, step: int, rows: Sequence[SampleRow]) -> None:
+        """Record the completions of a rollout of which none will be trained on: it failed.
+
+        Raises:
+            AbortedError: See `mark_running`; or some of these rows are there already (LEDGER_CONFLICT).
+        """
+        with self._file.write() as connection:
+            self._check_writer(connection, attempt)
+            ledger_steps.add_samples(connection, attempt, step, rows, abandoned=True)
+
     def commit_step(self, attempt: Attempt, record: StepRecord, outcome: StepOutcome | None = None) -> None:
         """Commit a step in one transaction: its figures, that its samples are trained on, and its checkpoint.
 
-        The version that it made, `record.policy_version + 1`, is in use once `record_push` says so.
+        The version that it made, see `next_step`, is in use once `record_push` says so.
 
         Raises:
             AbortedError: See `mark_running`; or the step is not the next one (STEP_OUT_OF_ORDER).
@@ -233,26 +254,25 @@ class Ledger:
             run = self._check_writer(connection, attempt)
             ledger_steps.record_push(connection, run, version, figures)
 
-    def has_open_push(self, run_id: str) -> bool:
-        """Return whether the newest committed version of a run has not been recorded as in use."""
-        with self._file.read() as connection:
-            newest = ledger_steps.newest_push(connection, run_id)
-        return newest is not None and newest[1] == "open"
-
-    def retain_checkpoints(self, attempt: Attempt, *, count: int, hours: float | None = None) -> list[CheckpointRow]:
+    def retain_checkpoints(
+        self, attempt: Attempt, *, count: int, hours: float | None = None, at_least: int = 1
+    ) -> list[CheckpointRow]:
         """Mark all but the newest checkpoints as removed, and return those that stay, newest first.
 
         Args:
             attempt: Of the run.
             count: How many stay at most.
             hours: None older than this stays, but the newest always; None: no limit.
+            at_least: How many of the newest stay however old they are.
 
         Raises:
             AbortedError: See `mark_running`.
         """
         with self._file.write() as connection:
             self._check_writer(connection, attempt)
-            return ledger_steps.retain_checkpoints(connection, attempt.run_id, count=count, hours=hours)
+            return ledger_steps.retain_checkpoints(
+                connection, attempt.run_id, count=count, hours=hours, at_least=at_least
+            )
 
     def finish(self, attempt: Attempt, state: RunState, *, error: str = "", interrupted: bool = False) -> bool:
         """End an attempt; return False, changing nothing, if it is over already.
@@ -284,7 +304,11 @@ class Ledger:
                 return False
             if attempt.run_id in self._leases:  # the service, which takes none, ends what it has seen dead
                 ledger_runs.check_lease(connection, attempt.run_id, self._leases[attempt.run_id])
+            rollback = ledger_rollback.settle(connection, run)
+            if rollback is not None and state is RunState.SUCCEEDED:  # asked for while it wrote its report
+                state, error = RunState.FAILED, f"[ROLLED_BACK] {rollback.to_step} steps stay; resume the run to go on"
             self._end(connection, run, state, error=error, interrupted=interrupted)
+        _note(run, rollback)
         return True
 
     def _end(
@@ -295,6 +319,47 @@ class Ledger:
             (state.value, error, time.time(), interrupted, run.run_id),
         )
         connection.execute("DELETE FROM leases WHERE run_id = ?", (run.run_id,))
+
+    def request_rollback(self, run_id: str, *, to_step: int | None = None, request_id: str = "") -> RunRecord:
+        """Take back the last steps of a run that has ended, or have that done once its worker has stopped.
+
+        Args:
+            run_id: The run.
+            to_step: Committed steps that stay; None: all but the last one.
+            request_id: A repeat with the same one returns the first answer; empty: not remembered.
+
+        Raises:
+            InvalidArgumentError: It has no such steps, or REQUEST_ID_REUSED: it was another request.
+            NotFoundError: There is no such run.
+            FailedPreconditionError: It has succeeded (RUN_ENDED), or the checkpoint of that step is gone
+                (CHECKPOINT_REMOVED).
+        """
+        with self._file.write() as connection:
+            answered = ledger_runs.find_answer(connection, request_id, "RollbackRun", run_id)
+            if answered is not None:
+                return answered
+            rollback = ledger_rollback.request(connection, ledger_runs.get_run(connection, run_id), to_step)
+            run = ledger_runs.get_run(connection, run_id)
+            ledger_runs.remember_answer(connection, request_id, "RollbackRun", run)
+        _note(run, rollback)
+        return run
+
+    def ask_rollback(self, attempt: Attempt, *, to_step: int, reason: str, most: int) -> None:
+        """Have a run rolled back for an alarm once its worker, the caller, has stopped.
+
+        Args:
+            attempt: Of the caller.
+            to_step: Committed steps that stay.
+            reason: Which alarm it is for.
+            most: How often that may be done without anybody resuming the run.
+
+        Raises:
+            AbortedError: See `mark_running`.
+            FailedPreconditionError: CHECKPOINT_REMOVED, or ALARM: it was done so often already.
+        """
+        with self._file.write() as connection:
+            run = self._check_writer(connection, attempt)
+            ledger_rollback.ask_for_alarm(connection, run, to_step, reason=reason, most=most)
 
     def request_cancel(self, run_id: str, *, request_id: str = "") -> RunRecord:
         """Ask the worker of an active run to stop and return the run; a repeat changes nothing.
@@ -312,83 +377,21 @@ class Ledger:
             answered = ledger_runs.find_answer(connection, request_id, "CancelRun", run_id)
             if answered is not None:
                 return answered
-            run = ledger_runs.get_run(connection, run_id)
-            if run.state in FINAL_STATES - {RunState.CANCELLED}:
-                message = f"Run {run_id!r} has ended already: {run.state.value}."
-                raise FailedPreconditionError(message, field="run_id", reason="RUN_ENDED")
-            if run.state is not RunState.CANCELLED:
-                connection.execute("UPDATE runs SET cancel_requested = 1 WHERE run_id = ?", (run_id,))
+            ledger_runs.request_cancel(connection, ledger_runs.get_run(connection, run_id))
             run = ledger_runs.get_run(connection, run_id)
             ledger_runs.remember_answer(connection, request_id, "CancelRun", run)
             return run
-
-    def find_answer(self, request_id: str, *, method: str, run_id: str) -> RunRecord | None:
-        """Return the run as a request of that id was answered; None if there was none, or the id is empty.
-
-        Raises:
-            InvalidArgumentError: REQUEST_ID_REUSED: it was another request.
-        """
-        with self._file.read() as connection:
-            return ledger_runs.find_answer(connection, request_id, method, run_id)
-
-    def get_run(self, run_id: str) -> RunRecord:
-        """Return a run.
-
-        Raises:
-            NotFoundError: There is none of that id.
-        """
-        with self._file.read() as connection:
-            return ledger_runs.get_run(connection, run_id)
-
-    def list_runs(self, *, start: int = 0, limit: int = 200) -> list[RunRecord]:
-        """Return up to `limit` runs, newest first, leaving out the first `start`."""
-        query = f"SELECT {ledger_runs.RUN_COLUMNS} FROM runs ORDER BY number DESC LIMIT ? OFFSET ?"
-        with self._file.read() as connection:
-            return [ledger_runs.read_run(row) for row in connection.execute(query, (limit, start)).fetchall()]
-
-    def active_run(self) -> RunRecord | None:
-        """Return the run that is pending or running; None if there is none."""
-        return self._find_run("state IN (?, ?)", ledger_runs.ACTIVE)
-
-    def interrupted_run(self) -> RunRecord | None:
-        """Return the newest run that a stop of the orchestrator ended and nobody resumed; None if there is none."""
-        return self._find_run("interrupted = 1", ())
-
-    def _find_run(self, condition: str, values: tuple[str, ...]) -> RunRecord | None:
-        query = f"SELECT {ledger_runs.RUN_COLUMNS} FROM runs WHERE {condition} ORDER BY number DESC LIMIT 1"
-        with self._file.read() as connection:
-            row = connection.execute(query, values).fetchone()
-        return ledger_runs.read_run(row) if row else None
 
     def recount_steps(self) -> None:
         """Correct the counts of committed steps that differ from the steps there are."""
         with self._file.write() as connection:
             ledger_steps.recount(connection)
 
-    def list_steps(
-        self, run_id: str, *, first_step: int = 0, limit: int = 1000, pushed_only: bool = False
-    ) -> list[StepRecord]:
-        """Return up to `limit` committed steps from `first_step` on, in order; `pushed_only`: of recorded pushes."""
-        with self._file.read() as connection:
-            return ledger_steps.list_records(
-                connection, run_id, first_step=first_step, limit=limit, pushed_only=pushed_only
-            )
-
-    def list_states(self, run_id: str, *, first_step: int = 0, limit: int = 1000) -> list[StepState]:
-        """Return up to `limit` committed steps from `first_step` on, with what they left behind."""
-        with self._file.read() as connection:
-            return ledger_steps.list_states(connection, run_id, first_step=first_step, limit=limit)
-
-    def last_commit(self, run_id: str) -> StepState | None:
-        """Return the last committed step of a run; None if it has none."""
-        committed = self.get_run(run_id).num_committed_steps
-        states = self.list_states(run_id, first_step=committed - 1, limit=1) if committed else []
-        return states[0] if states else None
-
-    def count_samples(self, run_id: str) -> dict[str, int]:
-        """Return how many samples of a run are in each state: generated (in flight), trained, dropped, abandoned."""
-        with self._file.read() as connection:
-            return ledger_steps.count_sample_states(connection, run_id)
-
     def _check_writer(self, connection: sqlite3.Connection, attempt: Attempt) -> RunRecord:
         return ledger_runs.check_writer(connection, attempt, self._leases.get(attempt.run_id))
+
+
+def _note(run: RunRecord, rollback: Rollback | None) -> None:
+    """Put a rollback in the history, if one is kept."""
+    if rollback is not None:
+        record_history("rolled_back", run=run.run_id, branch=rollback.branch, to_step=rollback.to_step)

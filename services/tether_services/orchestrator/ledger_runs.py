@@ -26,11 +26,12 @@ __all__ = [
     "read_run",
     "refuse_while_active",
     "remember_answer",
+    "request_cancel",
 ]
 
 RUN_COLUMNS = """
     run_id, state, epoch, committed_steps, total_steps, policy_version, error, cancel_requested, create_time, end_time,
-    config_toml
+    config_toml, branch, rollback_to
 """
 KEPT_ANSWER_SECONDS = 7 * 86400.0
 """Far longer than anybody repeats a request."""
@@ -61,10 +62,8 @@ def get_run(connection: sqlite3.Connection, run_id: str) -> RunRecord:
 
 def read_run(row: tuple[Any, ...]) -> RunRecord:
     """Return a row of RUN_COLUMNS as a run."""
-    run_id, state, epoch, committed, total, version, error, cancel, created, ended, config = row
-    return RunRecord(
-        run_id, RunState(state), epoch, committed, total, version, error, bool(cancel), created, ended, config
-    )
+    run_id, state, epoch, committed, total, version, error, cancel, *rest = row
+    return RunRecord(run_id, RunState(state), epoch, committed, total, version, error, bool(cancel), *rest)
 
 
 def pin(connection: sqlite3.Connection, run_id: str, identity: RunIdentity) -> None:
@@ -95,6 +94,19 @@ def refuse_while_active(connection: sqlite3.Connection) -> None:
     if row:
         message = f"Run {row[0]!r} is {row[1]} and uses the trainer; wait for its end or cancel it."
         raise FailedPreconditionError(message, field="run_id", reason="RUN_ACTIVE")
+
+
+def request_cancel(connection: sqlite3.Connection, run: RunRecord) -> None:
+    """Ask the worker of an active run to stop.
+
+    Raises:
+        FailedPreconditionError: RUN_ENDED: it has succeeded or failed.
+    """
+    if run.state in FINAL_STATES - {RunState.CANCELLED}:
+        message = f"Run {run.run_id!r} has ended already: {run.state.value}."
+        raise FailedPreconditionError(message, field="run_id", reason="RUN_ENDED")
+    if run.state is not RunState.CANCELLED:
+        connection.execute("UPDATE runs SET cancel_requested = 1 WHERE run_id = ?", (run.run_id,))
 
 
 def check_epoch(connection: sqlite3.Connection, attempt: Attempt) -> RunRecord:

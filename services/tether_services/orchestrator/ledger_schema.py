@@ -1,19 +1,21 @@
 """The tables of the ledger, and how the file of an earlier version gets them.
 
-`PRAGMA user_version` holds the version of a file; files of version 1 were written without one.
+`PRAGMA user_version` holds the version of a file; files of version 1 were written without one. Version 2 brought
+samples, checkpoints, pushes and leases, version 3 rollbacks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tether.errors import FailedPreconditionError
 
 __all__ = ["SCHEMA_VERSION", "prepare"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _RUNS = """
 CREATE TABLE runs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -42,7 +44,7 @@ CREATE TABLE steps (
 )
 """
 VERSION_1 = (_RUNS, _STEPS)
-_NEW_COLUMNS = {
+_COLUMNS_OF_2 = {
     "runs": (
         "committed_steps INTEGER NOT NULL DEFAULT 0",
         "base_sha256 TEXT NOT NULL DEFAULT ''",
@@ -59,7 +61,7 @@ _NEW_COLUMNS = {
         "dropped TEXT NOT NULL DEFAULT '{}'",
     ),
 }
-_NEW_TABLES = (
+_TABLES_OF_2 = (
     # Every completion that arrived. It is trained on at most once: the index refuses a second time.
     """
     CREATE TABLE samples (
@@ -122,6 +124,74 @@ _NEW_TABLES = (
 )
 
 
+def _added(columns_by_table: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(
+        f"ALTER TABLE {table} ADD COLUMN {column}" for table, columns in columns_by_table.items() for column in columns
+    )
+
+
+FROM_1_TO_2 = (*_added(_COLUMNS_OF_2), *_TABLES_OF_2)
+_COLUMNS_OF_3 = {
+    "runs": (
+        "branch INTEGER NOT NULL DEFAULT 0",  # rollbacks so far
+        "rollback_to INTEGER",  # steps that are to stay, of a rollback that is made once the worker has stopped
+        "rollback_reason TEXT NOT NULL DEFAULT ''",
+        "alarm_rollbacks INTEGER NOT NULL DEFAULT 0",  # since somebody started or resumed the run
+    ),
+    # Versions go on counting where steps are made again: a version never stands for two contents.
+    "steps": ("new_version INTEGER NOT NULL DEFAULT 0",),
+}
+_STATEMENTS_OF_3 = (
+    "UPDATE steps SET new_version = step + 1",
+    "CREATE UNIQUE INDEX made_once ON steps (run_id, new_version)",
+    """
+    CREATE TABLE rollbacks (
+        run_id TEXT NOT NULL,
+        branch INTEGER NOT NULL,
+        from_step INTEGER NOT NULL,
+        to_step INTEGER NOT NULL,
+        reason TEXT NOT NULL,
+        time REAL NOT NULL,
+        PRIMARY KEY (run_id, branch)
+    ) WITHOUT ROWID
+    """,
+    # Rows of `steps` that do not count any more, with the branch that they were rolled back by.
+    """
+    CREATE TABLE rolled_back_steps (
+        run_id TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        branch INTEGER NOT NULL,
+        epoch INTEGER NOT NULL,
+        policy_version INTEGER NOT NULL,
+        new_version INTEGER NOT NULL,
+        adapter_sha256 TEXT NOT NULL,
+        asked INTEGER NOT NULL,
+        generated INTEGER NOT NULL,
+        trained INTEGER NOT NULL,
+        dropped TEXT NOT NULL,
+        metrics TEXT NOT NULL,
+        distributions TEXT NOT NULL,
+        commit_time REAL NOT NULL,
+        PRIMARY KEY (run_id, new_version)
+    ) WITHOUT ROWID
+    """,
+    "ALTER TABLE pushes RENAME TO pushes_of_2",
+    """
+    CREATE TABLE pushes (
+        run_id TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        epoch INTEGER NOT NULL,
+        adapter_sha256 TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('open', 'active', 'rolled_back')),
+        time REAL NOT NULL,
+        PRIMARY KEY (run_id, version)
+    ) WITHOUT ROWID
+    """,
+    "INSERT INTO pushes SELECT * FROM pushes_of_2",
+    "DROP TABLE pushes_of_2",
+)
+
+
 def prepare(connection: sqlite3.Connection, state_dir: Path) -> None:
     """Give the file the tables of this version. To be called in a transaction.
 
@@ -139,15 +209,19 @@ def prepare(connection: sqlite3.Connection, state_dir: Path) -> None:
     if is_empty:
         for statement in VERSION_1:
             connection.execute(statement)
-    _upgrade_from_1(connection, state_dir)
+    if version < 2:
+        _upgrade_from_1(connection, state_dir)
+    _upgrade_from_2(connection)
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
+def _upgrade_from_2(connection: sqlite3.Connection) -> None:
+    for statement in (*_added(_COLUMNS_OF_3), *_STATEMENTS_OF_3):
+        connection.execute(statement)
+
+
 def _upgrade_from_1(connection: sqlite3.Connection, state_dir: Path) -> None:
-    for table, columns in _NEW_COLUMNS.items():
-        for column in columns:
-            connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-    for statement in _NEW_TABLES:
+    for statement in FROM_1_TO_2:
         connection.execute(statement)
     connection.execute(
         "UPDATE runs SET committed_steps = (SELECT COUNT(*) FROM steps WHERE steps.run_id = runs.run_id)"

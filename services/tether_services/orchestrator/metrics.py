@@ -5,11 +5,12 @@ Families of device memory exist only once a step has reported some.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from tether_services.orchestrator.records import FINAL_STATES, RunRecord, RunState, StepRecord
+from tether_services.orchestrator.alarms import ALARMS
+from tether_services.orchestrator.records import FINAL_STATES, Rollback, RunRecord, RunState, StepRecord
 from tether_services.orchestrator.remote import SERVICE_NAMES, BreakerStates
 from tether_services.orchestrator.step_metrics import PUSH_STAGES
 
@@ -66,13 +67,21 @@ class OrchestratorMetrics:
         self._samples = _counter("tether_samples_total", "Samples by state.", "state", states, registry)
         self._unaccounted = Gauge(
             "tether_samples_unaccounted",
-            "Samples asked for by the last step and neither trained on, dropped nor missing; always 0.",
+            "Samples of committed steps that by their rows in the ledger are neither trained on nor dropped; always 0.",
             registry=registry,
         )
+        self._alarms = _counter("tether_alarms_total", "Alarms of runs.", "alarm", ALARMS, registry)
+        self._rollbacks = Counter("tether_rollbacks_total", "Rollbacks of runs.", registry=registry)
+        self._counted_rollbacks: dict[str, int] = {}
         self._breakers = Gauge(
             "tether_breaker_open", "1 while the run does not call a service.", ["service"], registry=registry
         )
         self.show_breakers({})
+        self._lagging = Gauge(
+            "tether_lagging_generators",
+            "Generators that get no prompt, as they do not answer or have lost the version.",
+            registry=registry,
+        )
         self._generated = Counter("tether_generated_tokens_total", "Response tokens generated.", registry=registry)
         self._effective = Counter("tether_effective_tokens_total", "Response tokens learned from.", registry=registry)
         self._non_finite = Counter(
@@ -144,7 +153,7 @@ class OrchestratorMetrics:
         self._show_torch_memory(figures)
         if "push_seconds" in figures:
             self._pushes.labels("ok").inc()
-        self._version.labels("trainer").set(record.policy_version + 1)
+        self._version.labels("trainer").set(record.new_version)
 
     def observe_state(self, run: RunRecord) -> None:
         """Show whether a run is active, and count its failure: to be called once at its start and once at its end."""
@@ -155,11 +164,39 @@ class OrchestratorMetrics:
                 self._non_finite.inc()
             if ", push:" in run.error:
                 self._pushes.labels("failed").inc()
+            self._count_alarm(run.error)
+
+    def observe_rollbacks(self, run_id: str, rollbacks: Sequence[Rollback], *, before: int) -> None:
+        """Count the rollbacks of a run that were not counted yet, and the alarms that they were made for.
+
+        Args:
+            run_id: The run.
+            rollbacks: All that it has had.
+            before: How many of them are older than this process.
+        """
+        counted = self._counted_rollbacks.setdefault(run_id, before)
+        for rollback in rollbacks[counted:]:
+            self._rollbacks.inc()
+            self._count_alarm(rollback.reason)
+        self._counted_rollbacks[run_id] = max(counted, len(rollbacks))
+
+    def _count_alarm(self, text: str) -> None:
+        for name in ALARMS:
+            if f"alarm {name}:" in text:
+                self._alarms.labels(name).inc()
+
+    def show_unaccounted(self, count: int) -> None:
+        """Show how many samples of the steps that a run has committed are unaccounted for."""
+        self._unaccounted.set(count)
 
     def show_breakers(self, states: BreakerStates) -> None:
         """Show which services the run does not call now, because they do not answer; a missing one is called."""
         for service in SERVICE_NAMES:
             self._breakers.labels(service).set(states.get(service, False))
+
+    def show_lagging(self, targets: Collection[str]) -> None:
+        """Show how many of several generators lag, by their addresses."""
+        self._lagging.set(len(targets))
 
     def _count_samples(self, figures: Mapping[str, float]) -> None:
         stale = figures["dropped_wrong_version"]
@@ -171,8 +208,6 @@ class OrchestratorMetrics:
         missing, abandoned = figures.get("samples_not_generated", 0.0), figures.get("samples_abandoned", 0.0)
         self._samples.labels("not_generated").inc(missing)
         self._samples.labels("abandoned").inc(abandoned)
-        asked = figures.get("samples_asked", figures["samples_generated"])  # a step of an older version lacks it
-        self._unaccounted.set(asked - missing - figures["samples_trained"] - figures["samples_dropped"])
         self._generated.inc(figures["generated_tokens"])
         self._effective.inc(figures["effective_tokens"])
         for _ in range(int(figures["samples_trained"])):

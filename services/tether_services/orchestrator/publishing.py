@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
 from tether.adapter import ActiveAdapter, Adapter, AdapterClient, AdapterPush, PushResult
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
+from tether_services.orchestrator.progress import note_work
 from tether_services.orchestrator.records import Attempt
 from tether_services.orchestrator.remote import Remote
 from tether_services.runtime.fault_points import reach
@@ -48,9 +49,19 @@ class PushFigures:
     probe_mean_abs_dlogp: float | None = None
     """Trainer against generator on the probes, nats."""
 
+    @property
+    def seconds(self) -> float:
+        """Everything together."""
+        stages = (self.transfer_seconds, self.verify_seconds, self.load_seconds, self.activate_seconds)
+        return sum(seconds for seconds in stages if seconds is not None)
+
+    def then(self, activated: PushFigures) -> PushFigures:
+        """Return the figures of this push and of the activation after it."""
+        return replace(self, activate_seconds=activated.activate_seconds)
+
 
 class PolicyPublisher:
-    """The policy version that this run has the generator serve. One writer per run, fenced by the attempt's epoch."""
+    """The policy version that this run has a generator serve. One writer per run, fenced by the attempt's epoch."""
 
     def __init__(self, adapter: Remote[AdapterClient], attempt: Attempt) -> None:
         self._remote = adapter
@@ -58,16 +69,6 @@ class PolicyPublisher:
         self._current: LocalAdapter | None = None
         self._lock = asyncio.Lock()
         self._owned = False
-
-    @property
-    def policy_version(self) -> int:
-        """The version that the generator must serve now."""
-        return self._current.push.policy_version if self._current else 0
-
-    @property
-    def adapter_sha256(self) -> str:
-        """Hash of that version's weights; empty for version 0."""
-        return self._current.sha256 if self._current else ""
 
     async def take_over(self, committed: LocalAdapter | None) -> None:
         """Make the generator serve the committed version of this run, whoever used it before.
@@ -88,8 +89,20 @@ class PolicyPublisher:
             await self._repeat(self._settle)
             await self._delete_uncommitted()  # the one that was active until now
 
-    async def publish(self, adapter: LocalAdapter) -> PushFigures:
-        """Push the next version, switch the generator to it and return what that took.
+    async def prepare(self, adapter: LocalAdapter) -> PushFigures:
+        """Push the next version, which then is proven and not yet in use, and return what that took.
+
+        Raises:
+            TetherError: The generator refused or could not be reached; the message names it.
+        """
+        async with self._lock:
+            self._current = adapter
+            started = time.monotonic()
+            result = await self._repeat(lambda: self._push_if_missing(adapter))
+            return _figures(result, time.monotonic() - started, 0.0)
+
+    async def publish(self, adapter: LocalAdapter | None) -> PushFigures:
+        """Push a version unless it is there, switch the generator to it and return what that took; None: version 0.
 
         Raises:
             TetherError: The generator refused or could not be reached; the message names it.
@@ -107,6 +120,14 @@ class PolicyPublisher:
         """
         async with self._lock:
             await self._repeat(self._settle)
+
+    @property
+    def _version(self) -> int:
+        return self._current.push.policy_version if self._current else 0
+
+    @property
+    def _sha256(self) -> str:
+        return self._current.sha256 if self._current else ""
 
     async def _repeat(self, act: Callable[[], Awaitable[T]]) -> T:
         """Read the state and act on it, again where the state changed in between."""
@@ -128,7 +149,7 @@ class PolicyPublisher:
         """
         active = await self._remote.call(lambda client: client.get_active_adapter())
         own, version = active.run_id == self._attempt.run_id, active.policy_version
-        taken = version == self.policy_version and _sha256(active) != self.adapter_sha256
+        taken = version == self._version and _sha256(active) != self._sha256
         await self._activate(version if own and not taken else 0, active)
         self._owned = True
 
@@ -145,7 +166,7 @@ class PolicyPublisher:
         started = time.monotonic()
         result = await self._push_if_missing(self._current) if self._current else None
         pushed = time.monotonic()
-        await self._activate(self.policy_version, active)
+        await self._activate(self._version, active)
         return _figures(result, pushed - started, time.monotonic() - pushed)
 
     async def _push_if_missing(self, adapter: LocalAdapter) -> PushResult | None:
@@ -179,8 +200,8 @@ class PolicyPublisher:
     async def _delete_uncommitted(self) -> None:
         """Delete the versions of this run that no committed step stands for, except an active one."""
         for adapter in await self._stored():
-            committed = (adapter.policy_version, adapter.sha256) == (self.policy_version, self.adapter_sha256)
-            if adapter.policy_version >= self.policy_version and not committed and adapter.state != "active":
+            committed = (adapter.policy_version, adapter.sha256) == (self._version, self._sha256)
+            if adapter.policy_version >= self._version and not committed and adapter.state != "active":
                 await self._delete(adapter.policy_version)
 
     async def _delete(self, version: int) -> None:
@@ -195,6 +216,7 @@ class PolicyPublisher:
 
 
 def _reach_progress(sent: int, total: int) -> None:
+    note_work()
     reach("push.sent" if sent == total else "push.half")
 
 

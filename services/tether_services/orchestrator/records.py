@@ -13,11 +13,13 @@ __all__ = [
     "RESUMABLE_STATES",
     "Attempt",
     "CheckpointRow",
+    "Rollback",
     "RunIdentity",
     "RunRecord",
     "RunState",
     "SampleCounts",
     "SampleRow",
+    "StepNumbers",
     "StepOutcome",
     "StepRecord",
     "StepState",
@@ -60,6 +62,10 @@ class RunRecord:
     """Unix seconds; None while it is active."""
     config_toml: str
     """As the caller sent it."""
+    branch: int = 0
+    """Rollbacks so far; each begins a branch."""
+    rollback_to: int | None = None
+    """Steps that are to stay, of a rollback that is made once the worker has stopped; None: none was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,38 @@ class StepRecord:
     """Per-sample values behind some of the means, for histograms."""
     commit_time: float = 0.0
     """Unix seconds; set by the ledger."""
+    new_version: int = 0
+    """Version that it made; set by the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """The numbers of the next step of a run. Without a rollback, step and version are the same."""
+
+    step: int
+    """From 0; one that was rolled back is made again under its number."""
+    policy_version: int
+    """Version that samples it, which the last committed step has made; 0: the base."""
+    new_version: int
+    """Version that it makes: no step that was ever committed has made it."""
+    branch: int
+    """Rollbacks so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Committed steps that were taken back."""
+
+    branch: int
+    """That it began, from 1."""
+    from_step: int
+    """Steps that were committed before it."""
+    to_step: int
+    """Steps that stayed."""
+    reason: str
+    """What it was made for."""
+    time: float
+    """Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +160,7 @@ class CheckpointRow:
     """A checkpoint on disk."""
 
     version: int
-    """Steps that it follows."""
+    """Policy version that it holds."""
     path: str
     """Of its folder, below the folder of the run."""
     sha256: str
@@ -147,6 +185,8 @@ class StepState:
     step: int
     policy_version: int
     """Version that sampled it."""
+    new_version: int
+    """Version that it made."""
     epoch: int
     """Attempt that committed it."""
     adapter_sha256: str

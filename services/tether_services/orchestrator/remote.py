@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -19,17 +19,32 @@ from tether.errors import ResourceExhaustedError, TetherError
 from tether.generator import GeneratorClient
 from tether.reference import ReferenceClient
 from tether.reward import RewardClient
-from tether_services.orchestrator.config import FailureConfig, OrchestratorSettings
+from tether_services.orchestrator.config import FailureConfig, GeneratorAddress, OrchestratorSettings
+from tether_services.orchestrator.progress import note_try, note_work
 from tether_services.orchestrator.retrying import RetryBudget, RetryPolicy, as_unavailable, may_repeat
+from tether_services.runtime.history import record
 
-__all__ = ["BREAKERS_FILE", "SERVICE_NAMES", "BreakerStates", "Remote", "Services", "open_services"]
+__all__ = [
+    "BREAKERS_FILE",
+    "LAGGING_FILE",
+    "SERVICE_NAMES",
+    "BreakerStates",
+    "GeneratorPorts",
+    "Remote",
+    "Services",
+    "open_services",
+]
 
 SERVICE_NAMES = ("generator", "adapter", "reward", "reference")
 """What the services are called in errors and metrics; "adapter" is the generator's admin port."""
 BREAKERS_FILE = "breakers.json"
 """Holds BreakerStates in the folder of a run: its worker writes them, the service exports them."""
+LAGGING_FILE = "lagging.json"
+"""Holds the addresses of lagging generators in the folder of a run: its worker writes it, the service exports them."""
 BreakerStates = Mapping[str, bool]
-"""Whether the breaker of each service is open."""
+"""Whether the breaker of each service is open; of several generators, of any."""
+ONE_OF_SEVERAL_RETRIES = 1
+"""Repeats of a call to one of several generators: then another one is asked, and this one is looked after."""
 
 ClientT = TypeVar("ClientT", bound=ServiceClient)
 T = TypeVar("T")
@@ -62,9 +77,13 @@ class Remote(Generic[ClientT]):
         attempt = 0
         while True:
             try:
-                return await operation(self.client)
+                result = await operation(self.client)
             except TetherError as caught:
                 error = as_unavailable(caught)
+                note_try()
+            else:
+                note_work()
+                return result
             if not may_repeat(error) or attempt == self.retries.max_retries:
                 raise self.named(error, after=attempt + 1) from error
             await self._pause(attempt, error)
@@ -81,25 +100,41 @@ class Remote(Generic[ClientT]):
         except ResourceExhaustedError as spent:
             message = f"{spent.message}; its last error: {self.named(error, after=attempt + 1).message}"
             raise ResourceExhaustedError(message, reason=spent.reason) from error
+        record("repeat", service=self.name, code=error.code.name)
         await asyncio.sleep(delay)
 
     def named(self, error: TetherError, *, after: int = 1) -> TetherError:
         """Return the same error with the service's name and address in front."""
         tries = f" after {after} attempts" if after > 1 else ""
         message = f"{self.name} at {self.client.target}: {error.code.name}{tries}: {error.message}"
-        return type(error)(message, reason=error.reason, violations=error.violations)
+        return type(error)(
+            message,
+            reason=error.reason,
+            violations=error.violations,
+            retry_after_seconds=error.retry_after_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorPorts:
+    """Both ports of a generator."""
+
+    generator: Remote[GeneratorClient]
+    adapter: Remote[AdapterClient]
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """Everything that a run calls."""
 
-    generator: Remote[GeneratorClient]
-    adapter: Remote[AdapterClient]
+    generators: tuple[GeneratorPorts, ...]
+    """At least one."""
     reward: Remote[RewardClient]
     reference: Remote[ReferenceClient]
     budget: RetryBudget
     """Repeats of a step; whoever begins a step refills it."""
+    retries: RetryPolicy
+    """Of each call, except of those to one of several generators, which has ONE_OF_SEVERAL_RETRIES."""
     concurrency: int
     """Prompts in flight at the same time."""
 
@@ -118,31 +153,62 @@ async def open_services(
         retry_budget: Repeats of all calls of a step together.
         on_breaker: Called with all states, at first and each time that the breaker of a service opens or closes.
     """
-    retries, budget = RetryPolicy(settings.max_retries, settings.retry_backoff_seconds), RetryBudget(retry_budget)
-    states = dict.fromkeys(SERVICE_NAMES, False)
-
-    def show(name: str, is_open: bool) -> None:
-        states[name] = is_open
-        on_breaker(dict(states))
-
-    on_breaker(dict(states))
+    budget = RetryBudget(retry_budget)
+    opening = _Opening(RetryPolicy(settings.max_retries, settings.retry_backoff_seconds), budget, on_breaker)
+    opening.show()
     async with AsyncExitStack() as stack:
-
-        async def remote(name: str, kind: type[ClientT], address: str, timeout_seconds: float) -> Remote[ClientT]:
-            client = kind(address, timeout_seconds=timeout_seconds, retries=False, breaker=True)
-            assert client.breaker is not None, "it was asked for"
-            client.breaker.on_change = partial(show, name)
-            await stack.enter_async_context(client)
-            return Remote(name, client, retries, budget)
-
+        generators = [await _open_generator(opening, stack, settings, each) for each in settings.generator_addresses]
         score_seconds = settings.score_timeout_seconds
         yield Services(
-            generator=await remote(
-                "generator", GeneratorClient, settings.generator_address, settings.generate_timeout_seconds
+            generators=tuple(generators),
+            reward=await opening.open(stack, "reward", RewardClient, settings.reward_address, score_seconds),
+            reference=await opening.open(
+                stack, "reference", ReferenceClient, settings.reference_address, score_seconds
             ),
-            adapter=await remote("adapter", AdapterClient, settings.adapter_address, settings.adapter_timeout_seconds),
-            reward=await remote("reward", RewardClient, settings.reward_address, score_seconds),
-            reference=await remote("reference", ReferenceClient, settings.reference_address, score_seconds),
             budget=budget,
+            retries=opening.retries,
             concurrency=settings.concurrency,
         )
+
+
+async def _open_generator(
+    opening: _Opening, stack: AsyncExitStack, settings: OrchestratorSettings, at: GeneratorAddress
+) -> GeneratorPorts:
+    if len(settings.generator_addresses) > 1:
+        retries = min(ONE_OF_SEVERAL_RETRIES, settings.max_retries)
+        opening = replace(opening, retries=RetryPolicy(retries, settings.retry_backoff_seconds))
+    seconds, adapter_seconds = settings.generate_timeout_seconds, settings.adapter_timeout_seconds
+    return GeneratorPorts(
+        await opening.open(stack, "generator", GeneratorClient, at.address, seconds),
+        await opening.open(stack, "adapter", AdapterClient, at.adapter_address, adapter_seconds),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """How the services are opened."""
+
+    retries: RetryPolicy
+    budget: RetryBudget
+    on_breaker: Callable[[BreakerStates], None]
+    is_open: dict[tuple[str, str], bool] = field(default_factory=dict)
+    """Breakers by name and address."""
+
+    async def open(
+        self, stack: AsyncExitStack, name: str, kind: type[ClientT], address: str, timeout_seconds: float
+    ) -> Remote[ClientT]:
+        """Return a service whose channel closes with the stack."""
+        client = kind(address, timeout_seconds=timeout_seconds, retries=False, breaker=True)
+        assert client.breaker is not None, "it was asked for"
+        client.breaker.on_change = partial(self._note, (name, address))
+        await stack.enter_async_context(client)
+        return Remote(name, client, self.retries, self.budget)
+
+    def _note(self, key: tuple[str, str], is_open: bool) -> None:
+        self.is_open[key] = is_open
+        self.show()
+
+    def show(self) -> None:
+        """Tell which breakers are open."""
+        opened = {name for (name, _), is_open in self.is_open.items() if is_open}
+        self.on_breaker({name: name in opened for name in SERVICE_NAMES})

@@ -6,6 +6,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -50,6 +51,7 @@ def build_report(ledger: Ledger, run_id: str, *, state: RunState, error: str) ->
         "mean_abs_dlogp_max": max((step.metrics["mean_abs_dlogp"] for step in steps), default=None),
         "versions_as_expected": not any(account[f"dropped_{reason}"] for reason in _MADE_BY_ANOTHER_POLICY),
         "samples": account,
+        "rollbacks": [asdict(rollback) for rollback in ledger.list_rollbacks(run_id)],
         "before": before,
         "after": after,
         "config": parse_run_config(run.config_toml).model_dump(mode="json"),
@@ -99,6 +101,7 @@ def _step(step: StepRecord) -> dict[str, Any]:
     return {
         "step": step.step,
         "policy_version": step.policy_version,
+        "new_version": step.new_version,
         "commit_time": step.commit_time,
         "metrics": dict(step.metrics),
     }

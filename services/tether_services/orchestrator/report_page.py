@@ -62,7 +62,12 @@ def _lead(report: Mapping[str, Any]) -> str:
     text = f'<b class="{kind}">{escape(state.lower())}</b>, {len(report["steps"])} of {planned} steps'
     error = f'<br><span class="bad">{escape(report["error"])}</span>' if report["error"] else ""
     model = escape(str(report["config"]["model"]))
-    return f'<p class="lead">{text} in {report["wall_seconds"]:.0f} s from {model}{error}</p>'
+    back = "".join(f"<br>{_rollback(rollback)}" for rollback in report["rollbacks"])
+    return f'<p class="lead">{text} in {report["wall_seconds"]:.0f} s from {model}{error}{back}</p>'
+
+
+def _rollback(rollback: Mapping[str, Any]) -> str:
+    return f"rolled back from {rollback['from_step']} to {rollback['to_step']} steps: {escape(rollback['reason'])}"
 
 
 def _cards(report: Mapping[str, Any]) -> str:

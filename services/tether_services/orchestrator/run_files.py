@@ -20,7 +20,7 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class RunFiles:
-    """Names and housekeeping of a run's folder. Versions number checkpoints and adapters: version k follows k steps.
+    """Names and housekeeping of a run's folder. Checkpoints and adapters have the number of the version that they hold.
 
     The folder of a checkpoint also carries the epoch of the attempt that wrote it, so that no attempt ever writes into
     a folder of another; which one counts is said by the ledger.

@@ -52,6 +52,16 @@ _RULES = (
         "ppo.kl_coef is 0, and an adaptive one stays 0",
     ),
     _Rule(("failure.max_dropped",), lambda config: config.failure.on_missing == "fail", 'failure.on_missing is "fail"'),
+    _Rule(
+        ("alarms.action", "alarms.rollback_steps", "alarms.max_rollbacks"),
+        lambda config: not config.alarms.is_set,
+        "no alarm is set; set one of alarms.kl_max, entropy_min, score_drop, mismatch_max",
+    ),
+    _Rule(
+        ("alarms.rollback_steps", "alarms.max_rollbacks"),
+        lambda config: config.alarms.action == "stop",
+        'alarms.action is "stop"',
+    ),
     _Rule(("evaluation_prompts",), lambda config: not config.evaluation, "evaluation is false"),
     _Rule(("ppo.missing_eos_value",), lambda config: config.ppo.missing_eos == "none", "ppo.missing_eos is none"),
     _Rule(("ppo.ptx_text", "ppo.ptx_rows"), lambda config: config.ppo.ptx_coef == 0, "ppo.ptx_coef is 0"),
@@ -62,6 +72,7 @@ _RULES = (
     ),
 )
 _OFF = {
+    "alarms.action": "stop",
     "reward_model": "",
     "evaluation_prompts": "",
     "ppo.whiten_rewards": False,
@@ -103,6 +114,8 @@ def find_contradictions(config: RunConfig) -> list[FieldViolation]:
         _check_sampler_range(config),
         _check_missing_eos(config),
         _check_pretraining(config),
+        _check_rollback(config),
+        _check_mismatch(config),
     )
     return [violation for violation in found if violation is not None]
 
@@ -157,3 +170,18 @@ def _check_pretraining(config: RunConfig) -> FieldViolation | None:
     if config.ppo.ptx_coef == 0 or config.ppo.ptx_text:
         return None
     return FieldViolation("ppo.ptx_text", "needed with ppo.ptx_coef above 0: a file of pretraining text")
+
+
+def _check_rollback(config: RunConfig) -> FieldViolation | None:
+    """Refuse a rollback to a step whose checkpoint would be gone."""
+    if config.alarms.action == "stop" or config.alarms.rollback_steps < config.keep_checkpoints:
+        return None
+    description = f"{config.alarms.rollback_steps} steps back need as many checkpoints and one; raise keep_checkpoints"
+    return FieldViolation("alarms.rollback_steps", description)
+
+
+def _check_mismatch(config: RunConfig) -> FieldViolation | None:
+    if config.alarms.mismatch_max is None or config.alarms.mismatch_max < config.ppo.mismatch_limit:
+        return None
+    description = f"must be below ppo.mismatch_limit = {config.ppo.mismatch_limit:g}, which refuses the batch before"
+    return FieldViolation("alarms.mismatch_max", description)

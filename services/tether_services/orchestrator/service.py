@@ -23,7 +23,7 @@ from tether_services.orchestrator.engine import RunEngine
 from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.metrics import OrchestratorMetrics
-from tether_services.orchestrator.records import FINAL_STATES, RunRecord, RunState, StepRecord, StepState
+from tether_services.orchestrator.records import FINAL_STATES, Rollback, RunRecord, RunState, StepRecord, StepState
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 from tether_services.orchestrator.supervisor import Supervisor
 from tether_services.runtime.checks import check_name, check_page, check_range
@@ -32,7 +32,7 @@ from tether_services.runtime.server import Port
 __all__ = ["OrchestratorService"]
 
 SERVICE_NAME = "tether.v1.OrchestratorService"
-METHODS = ("StartRun", "GetRun", "ListRuns", "CancelRun", "ResumeRun", "WatchRun", "ListSteps")
+METHODS = ("StartRun", "GetRun", "ListRuns", "CancelRun", "ResumeRun", "RollbackRun", "WatchRun", "ListSteps")
 _POLL_SECONDS = 0.1
 """How often the ledger is read for new steps; the worker writes it from another process."""
 _PAGE_STEPS = 200
@@ -102,7 +102,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         check_name(request.run_id, field="run_id")
         # Once begun it is done even if the caller leaves: the caller will ask again.
         run = await asyncio.shield(self._supervised.keep(self._start(request)))
-        return pb.StartRunResponse(run=self._message(run))
+        return pb.StartRunResponse(run=await self._message(run))
 
     async def _start(self, request: pb.StartRunRequest) -> RunRecord:
         async with self._starting:  # of two calls for the same run the second finds what the first has recorded
@@ -120,31 +120,32 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
         """Return a run."""
-        return pb.GetRunResponse(run=self._message(await self._get(request.run_id)))
+        return pb.GetRunResponse(run=await self._message(await self._get(request.run_id)))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         """Return a page of runs."""
         size, start = check_page(request.page_size, request.page_token)
         runs = await asyncio.to_thread(self._ledger.list_runs, start=start, limit=size + 1)
         token = str(start + size) if len(runs) > size else ""
-        return pb.ListRunsResponse(runs=[self._message(run) for run in runs[:size]], next_page_token=token)
+        return pb.ListRunsResponse(runs=[await self._message(run) for run in runs[:size]], next_page_token=token)
 
     async def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:
         """Ask the worker to stop."""
         check_name(request.run_id, field="run_id")
         request_id = read_request_id(request.request_id)
         cancel = partial(self._ledger.request_cancel, request.run_id, request_id=request_id)
-        return pb.CancelRunResponse(run=self._message(await asyncio.to_thread(cancel)))
+        return pb.CancelRunResponse(run=await self._message(await asyncio.to_thread(cancel)))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Any) -> pb.ResumeRunResponse:
         """Start another attempt of a run."""
         check_name(request.run_id, field="run_id")
-        resume = self._resume(request.run_id, read_request_id(request.request_id))
+        from_step = request.from_step if request.HasField("from_step") else None
+        resume = self._resume(request.run_id, read_request_id(request.request_id), from_step)
         # Once begun it is done and remembered even if the caller leaves: the caller will ask again.
         run = await asyncio.shield(self._supervised.keep(resume))
-        return pb.ResumeRunResponse(run=self._message(run))
+        return pb.ResumeRunResponse(run=await self._message(run))
 
-    async def _resume(self, run_id: str, request_id: str) -> RunRecord:
+    async def _resume(self, run_id: str, request_id: str, from_step: int | None) -> RunRecord:
         async with self._starting:  # of two calls of the same id the second finds the answer to the first
             find = partial(self._ledger.find_answer, request_id, method="ResumeRun", run_id=run_id)
             answered = await asyncio.to_thread(find)
@@ -152,22 +153,44 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 return answered
             run = await self._get(run_id)
             await asyncio.to_thread(_read_config, run.config_toml)
-            resumed = await self._supervised.launch(partial(self._ledger.begin_attempt, run_id, request_id=request_id))
+            begin = partial(self._ledger.begin_attempt, run_id, request_id=request_id, from_step=from_step)
+            resumed = await self._supervised.launch(begin)
             self._metrics.resumes.inc()
+            await self._show_rollbacks(run)
             return await asyncio.to_thread(find) or resumed
+
+    async def RollbackRun(self, request: pb.RollbackRunRequest, context: Any) -> pb.RollbackRunResponse:
+        """Take back the last steps of a run, or ask its worker to make way for that."""
+        check_name(request.run_id, field="run_id")
+        to_step = request.to_step if request.HasField("to_step") else None
+        request_id = read_request_id(request.request_id)
+        before = await self._get(request.run_id)
+        roll_back = partial(self._ledger.request_rollback, request.run_id, to_step=to_step, request_id=request_id)
+        run = await asyncio.to_thread(roll_back)
+        if run.state in FINAL_STATES:  # else it is made, and shown, once the worker has stopped
+            await self._show_rollbacks(before)
+        return pb.RollbackRunResponse(run=await self._message(run))
+
+    async def _show_rollbacks(self, before: RunRecord) -> None:
+        rollbacks = await asyncio.to_thread(self._ledger.list_rollbacks, before.run_id)
+        self._metrics.observe_rollbacks(before.run_id, rollbacks, before=before.branch)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         """Send committed steps and changes of state until a final state."""
         if request.first_step < 0:
             raise InvalidArgumentError(f"{request.first_step} is below 0.", field="first_step")
         run = await self._get(request.run_id)
-        next_step, sent = request.first_step, None
+        known = request.known_rollback_count if request.HasField("known_rollback_count") else run.branch
+        check_range(known, field="known_rollback_count", low=0, high=run.branch)
+        next_step = request.first_step
+        sent: tuple[RunState | None, int] = (None, known)
         while True:
             # The state is read before the steps: once it is final, the steps that follow are all there are.
             run = await self._get(run.run_id)
-            if run.state is not sent and run.state not in FINAL_STATES:
-                sent = run.state
-                yield pb.WatchRunResponse(run=self._message(run))
+            next_step = await self._find_next(run, next_step, known=sent[1])
+            if (run.state, run.branch) != sent and run.state not in FINAL_STATES:
+                yield pb.WatchRunResponse(run=await self._message(run))
+            sent = (run.state, run.branch)
             # While a run is active a step is sent once its adapter is in use: its figures are complete then.
             pushed_only = run.state not in FINAL_STATES
             steps = await asyncio.to_thread(
@@ -179,9 +202,16 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if len(steps) == _PAGE_STEPS:
                 continue
             if run.state in FINAL_STATES:
-                yield pb.WatchRunResponse(run=self._message(run))
+                yield pb.WatchRunResponse(run=await self._message(run))
                 return
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def _find_next(self, run: RunRecord, next_step: int, *, known: int) -> int:
+        """Return the step that a watcher needs next, who knows of so many rollbacks."""
+        if run.branch == known:
+            return next_step
+        rollbacks = (await asyncio.to_thread(self._ledger.list_rollbacks, run.run_id))[known : run.branch]
+        return min([next_step, *(rollback.to_step for rollback in rollbacks)])
 
     async def ListSteps(self, request: pb.ListStepsRequest, context: Any) -> pb.ListStepsResponse:
         """Return a page of committed steps with what became of their samples."""
@@ -215,7 +245,10 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         except NotFoundError:
             return None
 
-    def _message(self, run: RunRecord) -> pb.Run:
+    async def _message(self, run: RunRecord) -> pb.Run:
+        rollbacks = (
+            (await asyncio.to_thread(self._ledger.list_rollbacks, run.run_id))[: run.branch] if run.branch else []
+        )
         return pb.Run(
             run_id=run.run_id,
             state=_STATES[run.state],
@@ -226,6 +259,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             create_time=_timestamp(run.create_time),
             end_time=None if run.end_time is None else _timestamp(run.end_time),
             directory=str(self._ledger.directory(run.run_id)),
+            rollbacks=[rollback_message(rollback) for rollback in rollbacks],
         )
 
 
@@ -267,6 +301,16 @@ def open_ledger(state_dir: Path) -> Ledger:
     return ledger
 
 
+def rollback_message(rollback: Rollback) -> pb.Rollback:
+    """Return a rollback as the contract spells it."""
+    return pb.Rollback(
+        from_step=rollback.from_step,
+        to_step=rollback.to_step,
+        reason=rollback.reason,
+        time=_timestamp(rollback.time),
+    )
+
+
 def step_message(record: StepRecord) -> pb.StepEvent:
     """Return a committed step as the contract spells it."""
     return pb.StepEvent(
@@ -274,6 +318,7 @@ def step_message(record: StepRecord) -> pb.StepEvent:
         policy_version=record.policy_version,
         metrics=[pb.StepMetric(name=name, value=value) for name, value in record.metrics.items()],
         commit_time=_timestamp(record.commit_time),
+        new_version=record.new_version,
     )
 
 
@@ -291,6 +336,7 @@ def state_message(state: StepState) -> pb.StepState:
         checkpoint=state.checkpoint.path if state.checkpoint else "",
         checkpoint_sha256=state.checkpoint.sha256 if state.checkpoint else "",
         commit_time=_timestamp(state.commit_time),
+        new_version=state.new_version,
     )
 
 

@@ -16,7 +16,7 @@ STEP_METRICS: dict[str, str] = {
     "samples_trained": "completions that the update learned from",
     "samples_dropped": "completions left out; generated = trained + dropped",
     **{f"dropped_{reason}": f"of these, {reason.replace('_', ' ')}" for reason in DROP_REASONS},
-    "samples_abandoned": "completions of earlier tries of the rollout, which failed; in none of the counts above",
+    "samples_abandoned": "completions of earlier tries and attempts of the step; in none of the counts above",
     "generated_tokens": "response tokens generated",
     "effective_tokens": "response tokens learned from",
     "tokens_per_second": "generated tokens over the time from the first request to the last completion",

@@ -15,13 +15,13 @@ import psutil
 
 from tether.errors import TetherError
 from tether_services.orchestrator.publishing import PushFigures
-from tether_services.orchestrator.records import StepRecord
+from tether_services.orchestrator.records import StepNumbers, StepRecord
 from tether_services.orchestrator.rollouts import Rollout
 from tether_services.orchestrator.step_metrics import DROP_REASONS, STEP_METRICS
 from tether_services.orchestrator.trainer import UpdateReport
 from tether_services.runtime.durable import as_storage_error
 
-__all__ = ["StepClock", "name_phase", "summarise_push", "summarise_step"]
+__all__ = ["StepClock", "name_phase", "summarise_push", "summarise_samples", "summarise_step"]
 
 
 class StepClock:
@@ -64,7 +64,7 @@ def _place(error: TetherError, where: str) -> TetherError:
 
 
 def summarise_step(
-    step: int,
+    numbers: StepNumbers,
     rollout: Rollout,
     update: UpdateReport,
     seconds: Mapping[str, float],
@@ -75,7 +75,7 @@ def summarise_step(
     figures = {
         **update.as_dict(),
         **seconds,
-        **_sample_figures(rollout),
+        **summarise_samples(rollout),
         **_span_figures(rollout, seconds),
         **_memory_figures(),
         "adapter_bytes": adapter_bytes,
@@ -86,10 +86,11 @@ def summarise_step(
         "score": [sample.score for sample in rollout.samples],
         "response_length": lengths,
     }
-    return StepRecord(step, step, metrics, distributions)
+    return StepRecord(numbers.step, numbers.policy_version, metrics, distributions)
 
 
-def _sample_figures(rollout: Rollout) -> dict[str, float]:
+def summarise_samples(rollout: Rollout) -> dict[str, float]:
+    """Return the figures of the samples of a step."""
     samples = rollout.samples
     scores = [sample.score for sample in samples]
     lengths = [len(sample.completion.token_ids) for sample in samples]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,7 +20,8 @@ from tether_services.orchestrator.lease import end_holder
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.metrics import OrchestratorMetrics
 from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunRecord, RunState
-from tether_services.orchestrator.remote import BREAKERS_FILE, BreakerStates
+from tether_services.orchestrator.remote import BREAKERS_FILE, LAGGING_FILE, BreakerStates
+from tether_services.orchestrator.report_writing import complete_reports
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.runtime.logging import log_event
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 FENCED_EXIT_CODE = 3
 """As in worker.py, which is not imported here: another attempt has taken over."""
+ROLLED_BACK_EXIT_CODE = 4
+"""As in worker.py: the run is to be rolled back."""
 _LOOK_SECONDS = 0.5
 """How often a worker is looked at and committed steps are read for the metrics."""
 _LATE_SECONDS = 2 * _LOOK_SECONDS
@@ -49,6 +53,8 @@ class _End:
     """Why the run has failed, if the worker did not say so itself."""
     crashed: bool = False
     """True if starting another one may help."""
+    rolls_back: bool = False
+    """True if it made way for a rollback: another one follows, whatever is said of crashes."""
     state: RunState = RunState.FAILED
     """Of the run, unless another worker is started."""
 
@@ -60,14 +66,18 @@ class _Course:
     attempt: Attempt
     next_step: int = 0
     """The first one that is not shown as metrics yet."""
+    num_rollbacks: int = 0
+    """Those that are shown."""
+    unaccounted: int = 0
+    """Samples of the steps shown."""
 
 
 @dataclass(slots=True)
 class _Watch:
     """What is known of a worker from earlier looks at it, on the monotonic clock."""
 
-    cancelled_at: float | None = None
     lease_ns: int = 0
+    """When the lease of its attempt expires; 0: it has none."""
     renewed_at: float = 0.0
     looked_at: float = 0.0
 
@@ -83,10 +93,13 @@ class Supervisor:
         self._metrics = metrics
         self._ledger = ledger
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._courses: list[_Course] = []
+        """Of the runs that are seen to their end now."""
         self._closing = False
 
     async def recover(self) -> None:
         """Take care of the run that an earlier orchestrator left unfinished: it goes on, or is FAILED."""
+        self.keep(self._persist(partial(asyncio.to_thread, complete_reports, self._ledger)))
         left = await asyncio.to_thread(self._ledger.active_run)
         if left is None and self._settings.auto_resume == "always":
             left = await asyncio.to_thread(self._ledger.interrupted_run)
@@ -107,11 +120,31 @@ class Supervisor:
 
     async def launch(self, record: Callable[[], Attempt]) -> RunRecord:
         """Record an attempt, start its worker and return the run; not to be cancelled in between."""
-        attempt = await asyncio.to_thread(record)
+        try:
+            attempt = await asyncio.to_thread(record)
+        except TetherError:
+            self.keep(self._persist(self._adopt))
+            raise
         try:
             return await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
         finally:  # it is recorded, so that somebody must look after it even if it cannot be read now
-            self.keep(self._supervise(attempt))
+            self._begin(attempt)
+
+    def _begin(self, attempt: Attempt) -> None:
+        """See a run to its end from an attempt on, unless somebody does so already."""
+        if any(c.attempt.run_id == attempt.run_id and c.attempt.epoch >= attempt.epoch for c in self._courses):
+            return
+        course = _Course(attempt)
+        self._courses.append(course)
+        self.keep(self._supervise(course))
+
+    async def _adopt(self) -> None:
+        """Look after an attempt that was recorded although the disk reported an error: nobody else knows of it."""
+        run = await asyncio.to_thread(self._ledger.active_run)
+        known = run is None or any(course.attempt.run_id == run.run_id for course in self._courses)
+        if run is None or known or self._closing or run.state is not RunState.PENDING:
+            return
+        self._begin(Attempt(run.run_id, run.epoch, self._ledger.directory(run.run_id)))
 
     def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run something on its own and hold on to it: the event loop itself does not."""
@@ -132,7 +165,8 @@ class Supervisor:
             following = await asyncio.to_thread(self._restart, attempt, "the orchestrator process ended")
         if following is not None:
             self._note_resume(following, "taken up")
-            self.keep(self._supervise(following))
+            self._begin(following)
+        await self._adopt()
 
     def _begin_again(self, stopped: RunRecord) -> Attempt | None:
         """Return another attempt of a run that a stop has ended; None if somebody has resumed it or runs another."""
@@ -141,16 +175,18 @@ class Supervisor:
             return None
         return self._ledger.begin_attempt(stopped.run_id)
 
-    async def _supervise(self, attempt: Attempt) -> None:
+    async def _supervise(self, course: _Course) -> None:
         """See a run to its end, whatever happens on the way, and show its steps as metrics."""
-        course = _Course(attempt)
         try:
             await self._persist(partial(self._show_begin, course))
             await self._see_to_end(course)
         except Exception as error:  # a defect, or this process ends: no run may stay active with nobody to end it
             log.error("run given up", exc_info=error)
             await self._give_up(course.attempt, error)
+        finally:
+            self._courses.remove(course)
         await self._persist(partial(self._show_end, course))
+        await self._persist(self._adopt)
 
     async def _give_up(self, attempt: Attempt, error: Exception) -> None:
         reason = STOPPED if self._closing else f"[INTERNAL] {type(error).__name__}: {error}"
@@ -166,18 +202,31 @@ class Supervisor:
             if following is None:
                 return
             course.attempt = following
-            self._note_resume(following, end.reason)
-            crashes = 0 if course.next_step > first_step else crashes + 1  # without a step in between
+            brought_step = course.next_step > first_step
+            await self._persist(partial(self._show_rollbacks, course))
+            if not end.rolls_back:
+                self._note_resume(following, end.reason)
+            crashes = 0 if brought_step or end.rolls_back else crashes + 1
             await asyncio.sleep(_pause(crashes))
 
     async def _show_begin(self, course: _Course) -> None:
         run = await asyncio.to_thread(self._ledger.get_run, course.attempt.run_id)
-        course.next_step = run.num_committed_steps
+        course.next_step, course.num_rollbacks = run.num_committed_steps, run.branch
         self._metrics.observe_state(run)
 
     async def _show_end(self, course: _Course) -> None:
+        await self._show_rollbacks(course)
         await self._show_steps(course, pushed_only=False)
         await self._show_state(course.attempt.run_id)
+
+    async def _show_rollbacks(self, course: _Course) -> None:
+        """Show the rollbacks made since the last time, and from now on the steps that are made again."""
+        run_id, before = course.attempt.run_id, course.num_rollbacks
+        rollbacks = await asyncio.to_thread(self._ledger.list_rollbacks, run_id)
+        self._metrics.observe_rollbacks(run_id, rollbacks, before=before)
+        for rollback in rollbacks[before:]:
+            log_event(log, "run rolled back", level=logging.WARNING, run_id=run_id, **asdict(rollback))
+            course.next_step, course.num_rollbacks = min(course.next_step, rollback.to_step), rollback.branch
 
     async def _show_state(self, run_id: str) -> None:
         self._metrics.observe_state(await asyncio.to_thread(self._ledger.get_run, run_id))
@@ -198,6 +247,7 @@ class Supervisor:
             worker.cancel()  # it has ended, unless an unforeseen error led here
             await asyncio.wait({worker})
             self._metrics.show_breakers({})
+            self._metrics.show_lagging(())
 
     async def _look_after(self, worker: asyncio.Task[_End], course: _Course) -> _End | None:
         """Look at a worker until it is done; return how it was ended, None if it ended by itself."""
@@ -208,6 +258,7 @@ class Supervisor:
             try:
                 await self._show_steps(course, pushed_only=True)
                 self._metrics.show_breakers(await asyncio.to_thread(read_breakers, attempt.directory))
+                self._metrics.show_lagging(await asyncio.to_thread(read_lagging, attempt.directory))
                 ended = ended or await self._end_if_hung(attempt, worker, watch)
             except (TetherError, OSError) as error:  # of the ledger's disk: the worker may still get through
                 log_event(log, "run not readable", level=logging.ERROR, run_id=attempt.run_id, error=str(error))
@@ -229,42 +280,49 @@ class Supervisor:
             exit_ = await self._engine.run(attempt)
         except OSError as error:
             return _End(f"the worker could not be started: {error}")
-        return _End(describe_exit(exit_), crashed=exit_.code not in (0, FENCED_EXIT_CODE))
+        crashed, rolls_back = exit_.code not in (0, FENCED_EXIT_CODE), exit_.code == ROLLED_BACK_EXIT_CODE
+        return _End(describe_exit(exit_), crashed=crashed, rolls_back=rolls_back)
 
     async def _end_if_hung(self, attempt: Attempt, worker: asyncio.Task[_End], watch: _Watch) -> _End | None:
-        """End a worker that does not answer a cancellation, or does not renew its lease; None if it is well.
+        """End a worker that does not renew its lease, or never takes one; None if it is well.
 
-        No other run could start while it is there.
+        It does not renew the lease if it is stuck, see `Heartbeat`. No other run could start while it is there.
         """
         run = await asyncio.to_thread(self._ledger.get_run, attempt.run_id)
         lease = await asyncio.to_thread(self._ledger.get_lease, attempt.run_id)
         now = time.monotonic()
-        if lease is None or lease.epoch != attempt.epoch or lease.expires_ns != watch.lease_ns:
-            watch.lease_ns, watch.renewed_at = (lease.expires_ns if lease else 0), now
+        expires_ns = lease.expires_ns if lease is not None and lease.epoch == attempt.epoch else 0
+        if expires_ns != watch.lease_ns:
+            watch.lease_ns, watch.renewed_at = expires_ns, now
         elif now - watch.looked_at > _LOOK_SECONDS + _LATE_SECONDS:  # nobody could have seen or given a sign
             watch.renewed_at = now
         watch.looked_at = now
-        if run.cancel_requested and watch.cancelled_at is None:
-            watch.cancelled_at = now
-        silence = _MISSED_LEASES * self._settings.lease_seconds
-        if watch.cancelled_at is not None and now - watch.cancelled_at > self._settings.cancel_seconds:
-            reason = f"the worker did not stop within {self._settings.cancel_seconds:g} s of CancelRun and was ended"
-            end = _End(reason, state=RunState.CANCELLED)
-        elif now - watch.renewed_at > silence and run.state not in FINAL_STATES:
-            end = _End(f"the worker gave no sign of life for {silence:g} s and was ended", crashed=True)
-        else:
+        silence = self._longest_silence(run, has_lease=bool(expires_ns))
+        if now - watch.renewed_at <= silence:
             return None
+        if run.cancel_requested:
+            end = _End("the worker did not stop after CancelRun and was ended", state=RunState.CANCELLED)
+        else:
+            reason = f"the worker gave no sign of life for {silence:g} s and was ended; worker.log may say where it was"
+            end = _End(reason, crashed=True)
         worker.cancel()
         await asyncio.wait({worker})
         log_event(log, "hung worker ended", level=logging.ERROR, run_id=attempt.run_id, reason=end.reason)
         return end
+
+    def _longest_silence(self, run: RunRecord, *, has_lease: bool) -> float:
+        """Return for how many seconds a worker may give no sign: while it is at work, or else begins or ends."""
+        if has_lease:
+            return _MISSED_LEASES * self._settings.lease_seconds
+        limits = [self._settings.hang_seconds or math.inf]
+        return min(limits + [self._settings.cancel_seconds] * run.cancel_requested)
 
     async def _follow(self, attempt: Attempt, end: _End) -> Attempt | None:
         """Return the attempt that follows one whose worker has ended; None if the run has ended or ends now."""
         if self._closing:
             await self._persist(partial(self._finish, attempt, RunState.FAILED, STOPPED, interrupted=True))
             return None
-        if not end.crashed or self._settings.auto_resume == "off":
+        if not end.rolls_back and (not end.crashed or self._settings.auto_resume == "off"):
             await self._persist(partial(self._finish, attempt, end.state, end.reason))
             return None
 
@@ -302,7 +360,11 @@ class Supervisor:
         read = partial(self._ledger.list_steps, run_id, first_step=first_step, pushed_only=pushed_only)
         for record in await asyncio.to_thread(read):
             self._metrics.observe_step(record)
-            course.next_step += 1
+            course.next_step = record.step + 1
+        if course.next_step > first_step:
+            count = partial(self._ledger.count_unaccounted, run_id, first_step=first_step, end_step=course.next_step)
+            course.unaccounted += await asyncio.to_thread(count)
+            self._metrics.show_unaccounted(course.unaccounted)
 
 
 def _pause(number: int) -> float:
@@ -312,8 +374,18 @@ def _pause(number: int) -> float:
 
 def read_breakers(directory: Path) -> BreakerStates:
     """Return what the worker of a run says of the services it calls; empty if that cannot be read."""
+    return _read_states(directory, BREAKERS_FILE)
+
+
+def read_lagging(directory: Path) -> list[str]:
+    """Return the generators that lag, as the worker of a run says; empty if that cannot be read."""
+    targets = _read_states(directory, LAGGING_FILE).get("generators")
+    return targets if isinstance(targets, list) else []
+
+
+def _read_states(directory: Path, name: str) -> dict[str, Any]:
     try:
-        states: object = RunFiles(directory).read_json(BREAKERS_FILE)
+        states: object = RunFiles(directory).read_json(name)
     except (ValueError, OSError):  # a disk error; it is only shown, and no reason to leave the worker alone
         return {}
     return states if isinstance(states, dict) else {}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from tether_services.orchestrator.progress import note_work
+
 __all__ = ["TrainerThread"]
 
 P = ParamSpec("P")
@@ -21,7 +23,9 @@ class TrainerThread:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what the function returns, without blocking the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        result = await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        note_work()
+        return result
 
     def close(self) -> None:
         """Forget what has not begun; what has, ends by itself."""

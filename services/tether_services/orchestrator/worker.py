@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from tether.errors import AbortedError, CancelledError, TetherError
+from tether_services.orchestrator.alarms import RollbackDueError
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.heartbeat import Heartbeat
 from tether_services.orchestrator.ledger import Ledger
+from tether_services.orchestrator.progress import note_work
 from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunState
+from tether_services.orchestrator.report_writing import try_to_report
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.runtime.child import die_with_parent
 from tether_services.runtime.durable import as_storage_error
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FENCED_EXIT_CODE = 3
 """Another attempt has taken over; this one must write nothing."""
+ROLLED_BACK_EXIT_CODE = 4
+"""The run is to be rolled back, as the ledger says; another attempt follows."""
 FENCED_REASONS = frozenset({"STALE_EPOCH", "LEASE_LOST", "LEASE_HELD"})
 LEDGER_LEASES = 2.0
 """How long a transaction waits for another process, in `lease_seconds`: a step is worth a wait, but a worker that gives
@@ -70,9 +75,13 @@ async def run_attempt(settings: OrchestratorSettings, ledger: Ledger, attempt: A
     lease = await asyncio.to_thread(partial(ledger.acquire_lease, attempt, seconds=settings.lease_seconds))
     record("attempt", run=attempt.run_id, epoch=attempt.epoch)
     reach("lease.acquired")
-    with Heartbeat(ledger, lease, seconds=settings.lease_seconds) as heartbeat:
+    with Heartbeat(ledger, lease, settings) as heartbeat:
         await asyncio.to_thread(ledger.mark_running, attempt)
-        state, error = await _run_to_end(settings, ledger, attempt, heartbeat.check)
+        try:
+            state, error = await _run_to_end(settings, ledger, attempt, heartbeat.check)
+        except RollbackDueError as due:
+            log_event(log, "rolls back", level=logging.WARNING, run_id=attempt.run_id, reason=str(due))
+            return ROLLED_BACK_EXIT_CODE
         reach("run.steps_done")
         await asyncio.to_thread(_finish, ledger, attempt, state, error)
     reach("run.reported")
@@ -86,10 +95,13 @@ async def _run_to_end(
 
     Raises:
         AbortedError: This attempt is over.
+        RollbackDueError: The run is to be rolled back.
     """
     try:
         await _train(settings, ledger, attempt, check_lease)
         return RunState.SUCCEEDED, ""
+    except RollbackDueError:
+        raise
     except CancelledError:
         return RunState.CANCELLED, ""
     except TetherError as failure:
@@ -126,18 +138,14 @@ async def _train(
     from tether_services.orchestrator.loop import run_training
     from tether_services.orchestrator.session import open_session
 
+    note_work()  # loading the libraries can take long
     async with open_session(settings, config, ledger, attempt, check_lease=check_lease) as session:
         await run_training(session)
 
 
 def _finish(ledger: Ledger, attempt: Attempt, state: RunState, error: str) -> None:
-    """Write the report first: whoever sees a final state finds it."""
-    from tether_services.orchestrator.report import write_report
-
-    try:
-        write_report(ledger, attempt.run_id, state=state, error=error)
-    except OSError as failure:
-        state, error = RunState.FAILED, f"{error} the report could not be written: {failure}".strip()
+    """Write the report first: whoever sees a final state finds it, unless it could not be written."""
+    try_to_report(ledger, attempt.run_id, state=state, error=error)
     level = logging.ERROR if state is RunState.FAILED else logging.INFO
     log_event(log, f"run {state.value.lower()}", level=level, run_id=attempt.run_id, error=error)
     ledger.finish(attempt, state, error=error)

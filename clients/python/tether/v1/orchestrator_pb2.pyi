@@ -25,8 +25,20 @@ RUN_STATE_SUCCEEDED: RunState
 RUN_STATE_FAILED: RunState
 RUN_STATE_CANCELLED: RunState
 
+class Rollback(_message.Message):
+    __slots__ = ("from_step", "to_step", "reason", "time")
+    FROM_STEP_FIELD_NUMBER: _ClassVar[int]
+    TO_STEP_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    from_step: int
+    to_step: int
+    reason: str
+    time: _timestamp_pb2.Timestamp
+    def __init__(self, from_step: _Optional[int] = ..., to_step: _Optional[int] = ..., reason: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class Run(_message.Message):
-    __slots__ = ("run_id", "state", "committed_step_count", "total_step_count", "policy_version", "error", "create_time", "end_time", "directory")
+    __slots__ = ("run_id", "state", "committed_step_count", "total_step_count", "policy_version", "error", "create_time", "end_time", "directory", "rollbacks")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +48,7 @@ class Run(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     END_TIME_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACKS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     state: RunState
     committed_step_count: int
@@ -45,7 +58,8 @@ class Run(_message.Message):
     create_time: _timestamp_pb2.Timestamp
     end_time: _timestamp_pb2.Timestamp
     directory: str
-    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., committed_step_count: _Optional[int] = ..., total_step_count: _Optional[int] = ..., policy_version: _Optional[int] = ..., error: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ...) -> None: ...
+    rollbacks: _containers.RepeatedCompositeFieldContainer[Rollback]
+    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., committed_step_count: _Optional[int] = ..., total_step_count: _Optional[int] = ..., policy_version: _Optional[int] = ..., error: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ..., rollbacks: _Optional[_Iterable[_Union[Rollback, _Mapping]]] = ...) -> None: ...
 
 class StartRunRequest(_message.Message):
     __slots__ = ("run_id", "config_toml")
@@ -104,12 +118,14 @@ class CancelRunResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class ResumeRunRequest(_message.Message):
-    __slots__ = ("run_id", "request_id")
+    __slots__ = ("run_id", "request_id", "from_step")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_STEP_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     request_id: str
-    def __init__(self, run_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    from_step: int
+    def __init__(self, run_id: _Optional[str] = ..., request_id: _Optional[str] = ..., from_step: _Optional[int] = ...) -> None: ...
 
 class ResumeRunResponse(_message.Message):
     __slots__ = ("run",)
@@ -117,13 +133,31 @@ class ResumeRunResponse(_message.Message):
     run: Run
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
+class RollbackRunRequest(_message.Message):
+    __slots__ = ("run_id", "to_step", "request_id")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_STEP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    to_step: int
+    request_id: str
+    def __init__(self, run_id: _Optional[str] = ..., to_step: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class RollbackRunResponse(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: Run
+    def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
+
 class WatchRunRequest(_message.Message):
-    __slots__ = ("run_id", "first_step")
+    __slots__ = ("run_id", "first_step", "known_rollback_count")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_ROLLBACK_COUNT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     first_step: int
-    def __init__(self, run_id: _Optional[str] = ..., first_step: _Optional[int] = ...) -> None: ...
+    known_rollback_count: int
+    def __init__(self, run_id: _Optional[str] = ..., first_step: _Optional[int] = ..., known_rollback_count: _Optional[int] = ...) -> None: ...
 
 class StepMetric(_message.Message):
     __slots__ = ("name", "value")
@@ -134,16 +168,18 @@ class StepMetric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class StepEvent(_message.Message):
-    __slots__ = ("step", "policy_version", "metrics", "commit_time")
+    __slots__ = ("step", "policy_version", "metrics", "commit_time", "new_version")
     STEP_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     COMMIT_TIME_FIELD_NUMBER: _ClassVar[int]
+    NEW_VERSION_FIELD_NUMBER: _ClassVar[int]
     step: int
     policy_version: int
     metrics: _containers.RepeatedCompositeFieldContainer[StepMetric]
     commit_time: _timestamp_pb2.Timestamp
-    def __init__(self, step: _Optional[int] = ..., policy_version: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[StepMetric, _Mapping]]] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    new_version: int
+    def __init__(self, step: _Optional[int] = ..., policy_version: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[StepMetric, _Mapping]]] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., new_version: _Optional[int] = ...) -> None: ...
 
 class WatchRunResponse(_message.Message):
     __slots__ = ("step", "run")
@@ -183,7 +219,7 @@ class SampleCounts(_message.Message):
     def __init__(self, asked: _Optional[int] = ..., generated: _Optional[int] = ..., trained: _Optional[int] = ..., dropped: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class StepState(_message.Message):
-    __slots__ = ("step", "policy_version", "adapter_sha256", "epoch", "samples", "checkpoint", "checkpoint_sha256", "commit_time")
+    __slots__ = ("step", "policy_version", "adapter_sha256", "epoch", "samples", "checkpoint", "checkpoint_sha256", "commit_time", "new_version")
     STEP_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +228,7 @@ class StepState(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SHA256_FIELD_NUMBER: _ClassVar[int]
     COMMIT_TIME_FIELD_NUMBER: _ClassVar[int]
+    NEW_VERSION_FIELD_NUMBER: _ClassVar[int]
     step: int
     policy_version: int
     adapter_sha256: str
@@ -200,7 +237,8 @@ class StepState(_message.Message):
     checkpoint: str
     checkpoint_sha256: str
     commit_time: _timestamp_pb2.Timestamp
-    def __init__(self, step: _Optional[int] = ..., policy_version: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., epoch: _Optional[int] = ..., samples: _Optional[_Union[SampleCounts, _Mapping]] = ..., checkpoint: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    new_version: int
+    def __init__(self, step: _Optional[int] = ..., policy_version: _Optional[int] = ..., adapter_sha256: _Optional[str] = ..., epoch: _Optional[int] = ..., samples: _Optional[_Union[SampleCounts, _Mapping]] = ..., checkpoint: _Optional[str] = ..., checkpoint_sha256: _Optional[str] = ..., commit_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., new_version: _Optional[int] = ...) -> None: ...
 
 class ListStepsResponse(_message.Message):
     __slots__ = ("steps", "next_step")

@@ -60,6 +60,11 @@ class OrchestratorServiceStub(object):
                 request_serializer=tether_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.SerializeToString,
                 response_deserializer=tether_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.FromString,
                 _registered_method=True)
+        self.RollbackRun = channel.unary_unary(
+                '/tether.v1.OrchestratorService/RollbackRun',
+                request_serializer=tether_dot_v1_dot_orchestrator__pb2.RollbackRunRequest.SerializeToString,
+                response_deserializer=tether_dot_v1_dot_orchestrator__pb2.RollbackRunResponse.FromString,
+                _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/tether.v1.OrchestratorService/WatchRun',
                 request_serializer=tether_dot_v1_dot_orchestrator__pb2.WatchRunRequest.SerializeToString,
@@ -109,7 +114,18 @@ class OrchestratorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResumeRun(self, request, context):
-        """Continues a failed or cancelled run from its last committed step. FAILED_PRECONDITION if it is running or has succeeded.
+        """Continues a failed or cancelled run from its last committed step, or from an earlier one whose checkpoint is kept.
+        FAILED_PRECONDITION if it is running or has succeeded (RUN_NOT_RESUMABLE), or if that checkpoint is gone (CHECKPOINT_REMOVED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackRun(self, request, context):
+        """Takes back the last committed steps of a run: they do not count any more and are made again, under new versions.
+
+        A failed or cancelled run stays as it is until ResumeRun. An active one is rolled back once its current step is done, and
+        goes on by itself. FAILED_PRECONDITION if it has succeeded (RUN_ENDED) or the checkpoint of that step is gone (CHECKPOINT_REMOVED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +133,7 @@ class OrchestratorServiceServicer(object):
 
     def WatchRun(self, request, context):
         """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step.
+        After a rollback the steps that are made again are sent again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +173,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.ResumeRun,
                     request_deserializer=tether_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.FromString,
                     response_serializer=tether_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.SerializeToString,
+            ),
+            'RollbackRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackRun,
+                    request_deserializer=tether_dot_v1_dot_orchestrator__pb2.RollbackRunRequest.FromString,
+                    response_serializer=tether_dot_v1_dot_orchestrator__pb2.RollbackRunResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -304,6 +326,33 @@ class OrchestratorService(object):
             '/tether.v1.OrchestratorService/ResumeRun',
             tether_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.SerializeToString,
             tether_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tether.v1.OrchestratorService/RollbackRun',
+            tether_dot_v1_dot_orchestrator__pb2.RollbackRunRequest.SerializeToString,
+            tether_dot_v1_dot_orchestrator__pb2.RollbackRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

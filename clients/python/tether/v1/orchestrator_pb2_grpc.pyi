@@ -105,6 +105,22 @@ _OrchestratorServiceResumeRunType = typing_extensions.TypeVar(
     ],
 )
 
+_OrchestratorServiceRollbackRunType = typing_extensions.TypeVar(
+    '_OrchestratorServiceRollbackRunType',
+    grpc.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.RollbackRunRequest,
+        tether.v1.orchestrator_pb2.RollbackRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.RollbackRunRequest,
+        tether.v1.orchestrator_pb2.RollbackRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.RollbackRunRequest,
+        tether.v1.orchestrator_pb2.RollbackRunResponse,
+    ],
+)
+
 _OrchestratorServiceWatchRunType = typing_extensions.TypeVar(
     '_OrchestratorServiceWatchRunType',
     grpc.UnaryStreamMultiCallable[
@@ -137,7 +153,7 @@ _OrchestratorServiceListStepsType = typing_extensions.TypeVar(
     ],
 )
 
-class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceWatchRunType, _OrchestratorServiceListStepsType]):
+class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceRollbackRunType, _OrchestratorServiceWatchRunType, _OrchestratorServiceListStepsType]):
     """Starts, watches and stops training runs."""
 
     @typing.overload
@@ -161,6 +177,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
         grpc.UnaryUnaryMultiCallable[
             tether.v1.orchestrator_pb2.ResumeRunRequest,
             tether.v1.orchestrator_pb2.ResumeRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            tether.v1.orchestrator_pb2.RollbackRunRequest,
+            tether.v1.orchestrator_pb2.RollbackRunResponse,
         ],
         grpc.UnaryStreamMultiCallable[
             tether.v1.orchestrator_pb2.WatchRunRequest,
@@ -194,6 +214,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
             tether.v1.orchestrator_pb2.ResumeRunRequest,
             tether.v1.orchestrator_pb2.ResumeRunResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            tether.v1.orchestrator_pb2.RollbackRunRequest,
+            tether.v1.orchestrator_pb2.RollbackRunResponse,
+        ],
         grpc.aio.UnaryStreamMultiCallable[
             tether.v1.orchestrator_pb2.WatchRunRequest,
             tether.v1.orchestrator_pb2.WatchRunResponse,
@@ -222,10 +246,21 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceStartRunType, _
     """Stops a run after the current step at the latest. A repeat is a no-op. FAILED_PRECONDITION if it has ended otherwise."""
 
     ResumeRun: _OrchestratorServiceResumeRunType
-    """Continues a failed or cancelled run from its last committed step. FAILED_PRECONDITION if it is running or has succeeded."""
+    """Continues a failed or cancelled run from its last committed step, or from an earlier one whose checkpoint is kept.
+    FAILED_PRECONDITION if it is running or has succeeded (RUN_NOT_RESUMABLE), or if that checkpoint is gone (CHECKPOINT_REMOVED).
+    """
+
+    RollbackRun: _OrchestratorServiceRollbackRunType
+    """Takes back the last committed steps of a run: they do not count any more and are made again, under new versions.
+
+    A failed or cancelled run stays as it is until ResumeRun. An active one is rolled back once its current step is done, and
+    goes on by itself. FAILED_PRECONDITION if it has succeeded (RUN_ENDED) or the checkpoint of that step is gone (CHECKPOINT_REMOVED).
+    """
 
     WatchRun: _OrchestratorServiceWatchRunType
-    """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step."""
+    """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step.
+    After a rollback the steps that are made again are sent again.
+    """
 
     ListSteps: _OrchestratorServiceListStepsType
     """Lists the committed steps of a run from a step number on, as the ledger has them. Idempotent. NOT_FOUND if there is no such run."""
@@ -250,6 +285,10 @@ OrchestratorServiceAsyncStub: typing_extensions.TypeAlias = OrchestratorServiceS
     grpc.aio.UnaryUnaryMultiCallable[
         tether.v1.orchestrator_pb2.ResumeRunRequest,
         tether.v1.orchestrator_pb2.ResumeRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        tether.v1.orchestrator_pb2.RollbackRunRequest,
+        tether.v1.orchestrator_pb2.RollbackRunResponse,
     ],
     grpc.aio.UnaryStreamMultiCallable[
         tether.v1.orchestrator_pb2.WatchRunRequest,
@@ -307,7 +346,21 @@ class OrchestratorServiceServicer(metaclass=abc.ABCMeta):
         request: tether.v1.orchestrator_pb2.ResumeRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[tether.v1.orchestrator_pb2.ResumeRunResponse, collections.abc.Awaitable[tether.v1.orchestrator_pb2.ResumeRunResponse]]:
-        """Continues a failed or cancelled run from its last committed step. FAILED_PRECONDITION if it is running or has succeeded."""
+        """Continues a failed or cancelled run from its last committed step, or from an earlier one whose checkpoint is kept.
+        FAILED_PRECONDITION if it is running or has succeeded (RUN_NOT_RESUMABLE), or if that checkpoint is gone (CHECKPOINT_REMOVED).
+        """
+
+    @abc.abstractmethod
+    def RollbackRun(
+        self,
+        request: tether.v1.orchestrator_pb2.RollbackRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tether.v1.orchestrator_pb2.RollbackRunResponse, collections.abc.Awaitable[tether.v1.orchestrator_pb2.RollbackRunResponse]]:
+        """Takes back the last committed steps of a run: they do not count any more and are made again, under new versions.
+
+        A failed or cancelled run stays as it is until ResumeRun. An active one is rolled back once its current step is done, and
+        goes on by itself. FAILED_PRECONDITION if it has succeeded (RUN_ENDED) or the checkpoint of that step is gone (CHECKPOINT_REMOVED).
+        """
 
     @abc.abstractmethod
     def WatchRun(
@@ -315,7 +368,9 @@ class OrchestratorServiceServicer(metaclass=abc.ABCMeta):
         request: tether.v1.orchestrator_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[tether.v1.orchestrator_pb2.WatchRunResponse], collections.abc.AsyncIterator[tether.v1.orchestrator_pb2.WatchRunResponse]]:
-        """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step."""
+        """Streams one event per committed step from a step number on, then the end of the run. Can be resumed from any step.
+        After a rollback the steps that are made again are sent again.
+        """
 
     @abc.abstractmethod
     def ListSteps(

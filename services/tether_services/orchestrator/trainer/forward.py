@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tether_services.orchestrator.progress import note_work
 from tether_services.orchestrator.trainer.batch import MicroBatch
 from tether_services.orchestrator.trainer.model import SharedModel
 from tether_services.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
@@ -17,6 +18,7 @@ __all__ = ["gather_flat", "response_logprobs", "response_logprobs_and_entropies"
 def _response_states(model: SharedModel, micro: MicroBatch) -> Tensor:
     """Return the [n, h] hidden states that emit the response tokens."""
     hidden = model.hidden_states(micro.token_ids.to(model.device))
+    note_work()
     return hidden.flatten(0, 1)[micro.states.to(model.device)]
 
 
