@@ -7,9 +7,10 @@ TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 RELIABILITY_FLAGS ?=
+SOAK_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test reliability demo bench check format protos up clean
+.PHONY: help install test reliability soak demo bench check format protos up clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,7 +31,10 @@ test: install ## all tests, real vLLM included where it is installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 reliability: install ## kills, full disks, lost answers and flipped bits against real services, in minutes
-	$(BIN)/python -m tests.reliability $(RELIABILITY_FLAGS)
+	$(BIN)/python -m tests.reliability --jobs 2 $(RELIABILITY_FLAGS)
+
+soak: install ## the same in the long form, one after the other, hours
+	$(BIN)/python -m tests.reliability --long --jobs 1 $(SOAK_FLAGS)
 
 bench: install ## the benchmark tables, about an hour on two cores
 	$(BIN)/python benchmarks/demo_seeds.py

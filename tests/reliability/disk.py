@@ -1,4 +1,7 @@
-"""Small file systems that can be filled, run out of inodes and become read-only; they vanish with the process."""
+"""Damaged files, and small file systems that are filled, run out of inodes and become read-only.
+
+The file systems vanish with the process.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["IN_NAMESPACE", "SmallDisk", "find_obstacle", "namespace_command", "small_disk"]
+__all__ = ["IN_NAMESPACE", "SmallDisk", "find_obstacle", "flipped", "namespace_command", "small_disk"]
 
 IN_NAMESPACE: Final = "TETHER_RELIABILITY_MOUNTS"
 """Set where this process has a mount namespace of its own."""
@@ -89,6 +92,20 @@ def small_disk(path: Path, *, size_bytes: int, inodes: int = 10_000) -> Iterator
         yield SmallDisk(path)
     finally:
         _run("umount", "--lazy", str(path))
+
+
+@contextmanager
+def flipped(path: Path, bit: int) -> Iterator[None]:
+    """Invert a bit of a file for the length of a block."""
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        yield
+    finally:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(whole)
 
 
 def _run(*command: str) -> None:

@@ -1,9 +1,11 @@
-"""Forks workers from a process that has loaded the libraries already: a restart then takes tenths of a second.
+"""Forks workers and services from a process that has loaded the libraries: a restart then takes tenths of a second.
 
     python -m tests.reliability.launch --parent-pid PID tests.reliability.fork_server SOCKET [SABOTAGE ...]
 
 The orchestrator starts fork_client.py in place of the worker; that asks here for a worker with its own arguments,
 output and working folder, waits, and ends as the worker ended. If it is ended itself, its worker is killed.
+The suite asks for services in the same way (processes.py) and is told their process id first. Where many scenarios run,
+the fork server of each is forked from one of the runner, so that the libraries are loaded once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["main"]
 
 POLL_SECONDS: Final = 0.01
+OUT_OF_REACH: Final = "out of reach"
+"""Trait of a worker that outlives the end of its client, as one on another machine would."""
 MAX_REQUEST_BYTES: Final = 64 * 1024
 LIBRARIES: Final = (
     "torch",
@@ -40,7 +44,7 @@ LIBRARIES: Final = (
 
 @dataclass(slots=True)
 class _Forked:
-    """A worker and the connection of who wants to know its end."""
+    """A forked process and the connection of who wants to know its end."""
 
     pid: int
     client: socket.socket
@@ -51,9 +55,12 @@ def main() -> int:
     _load()
     path, *sabotage = sys.argv[1:]
     workers: list[_Forked] = []
+    lets_go = OUT_OF_REACH in sabotage
+    sabotage = [name for name in sabotage if name != OUT_OF_REACH]
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-        listener.bind(path)
+        listener.bind(f"{path}.new")
         listener.listen()
+        os.rename(f"{path}.new", path)  # who finds it there can connect
         selector.register(listener, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select(POLL_SECONDS):
@@ -61,10 +68,13 @@ def main() -> int:
                     forked = _accept(listener, sabotage)
                     workers.append(forked)
                     selector.register(forked.client, selectors.EVENT_READ)
-                else:
+                    continue
+                selector.unregister(key.fileobj)
+                if not lets_go:
                     _kill_of(key.fileobj, workers)
             for forked in [worker for worker in workers if _tell_end(worker)]:
-                selector.unregister(forked.client)
+                with contextlib.suppress(KeyError):  # its client is gone
+                    selector.unregister(forked.client)
                 forked.client.close()
                 workers.remove(forked)
 
@@ -82,7 +92,7 @@ def _load() -> None:
 
 
 def _accept(listener: socket.socket, sabotage: list[str]) -> _Forked:
-    """Fork the worker that a client asks for."""
+    """Fork the process that a client asks for."""
     client, _ = listener.accept()
     request, handles, _, _ = socket.recv_fds(client, MAX_REQUEST_BYTES, 2)
     wanted = json.loads(request)
@@ -90,26 +100,27 @@ def _accept(listener: socket.socket, sabotage: list[str]) -> _Forked:
     if pid == 0:
         listener.close()
         client.close()
-        os._exit(_work(wanted["folder"], wanted["arguments"], handles, sabotage))
+        os._exit(_become(wanted, handles, sabotage))
     for handle in handles:
         os.close(handle)
+    if "service" in wanted:
+        client.send(f"{pid}\n".encode())
     return _Forked(pid, client)
 
 
-def _work(folder: str, arguments: list[str], handles: list[int], sabotage: list[str]) -> int:
-    """Be the worker, and return its exit status."""
-    os.chdir(folder)
+def _become(wanted: dict[str, Any], handles: list[int], sabotage: list[str]) -> int:
+    """Be the worker or the service, and return its exit status."""
+    os.chdir(wanted["folder"])
+    os.environ.update(wanted.get("environment", {}))
     for handle, standard in zip(handles, (1, 2), strict=True):
         os.dup2(handle, standard)
         os.close(handle)
+    arguments = wanted["arguments"]
     arguments[arguments.index("--parent-pid") + 1] = str(os.getppid())
     try:
-        from tests.reliability.sabotage import take_out
-        from tether_services.orchestrator.worker import main as work
-
-        for name in sabotage:
-            take_out(name)
-        return work(arguments)
+        return _serve(arguments) if "service" in wanted else _work(arguments, sabotage)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # what the interpreter itself would do at the end of a process
         sys.excepthook(*sys.exc_info())
         return 1
@@ -118,20 +129,36 @@ def _work(folder: str, arguments: list[str], handles: list[int], sabotage: list[
         sys.stderr.flush()
 
 
+def _work(arguments: list[str], sabotage: list[str]) -> int:
+    from tests.reliability.sabotage import take_out
+    from tether_services.orchestrator.worker import main as work
+
+    for name in sabotage:
+        take_out(name)
+    return work(arguments)
+
+
+def _serve(arguments: list[str]) -> int:
+    from tests.reliability.launch import main as launch
+
+    launch(arguments)
+    return 0
+
+
 def _kill_of(client: object, workers: list[_Forked]) -> None:
-    """Kill the worker of a client that is gone."""
+    """Kill the process of a client that is gone."""
     for worker in workers:
         if worker.client is client:
             os.kill(worker.pid, signal.SIGKILL)
 
 
 def _tell_end(worker: _Forked) -> bool:
-    """Return whether a worker has ended, after telling its client how."""
+    """Return whether a process has ended, after telling its client how."""
     pid, status = os.waitpid(worker.pid, os.WNOHANG)
     if pid == 0:
         return False
     with contextlib.suppress(OSError):  # the client was killed
-        worker.client.send(str(os.waitstatus_to_exitcode(status)).encode())
+        worker.client.send(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     return True
 
 

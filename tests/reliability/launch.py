@@ -6,11 +6,13 @@ python -m tests.reliability.launch --parent-pid PID --role ROLE --index N [--sab
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.reliability.breaking import BREAK_VARIABLE, install
 from tether_services.runtime.child import die_with_parent
 
 
@@ -26,10 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     known = parser.parse_args(arguments)
     die_with_parent(known.parent_pid)
-    if known.role == "generator":  # a worker arms itself, under its epoch
+    if known.role.startswith("generator"):  # a worker arms itself, under its epoch
         from tether_services.runtime.fault_points import arm
 
         arm(known.role, known.index)
+    if BREAK_VARIABLE in os.environ:
+        install(known.role)
     if known.sabotage:
         from tests.reliability.sabotage import take_out
 

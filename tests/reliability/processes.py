@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +20,10 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-__all__ = ["Process", "poll_until"]
+__all__ = ["LOADED_VARIABLE", "Process", "poll_until", "wait_for_socket"]
 
+LOADED_VARIABLE: Final = "TETHER_RELIABILITY_LOADED"
+"""Names the socket of a fork server that the fork servers of all worlds are forked from; unset: there is none."""
 POLL_SECONDS: Final = 0.05
 LOG_TAIL_BYTES: Final = 4000
 
@@ -37,6 +42,54 @@ async def poll_until(done: Callable[[], Awaitable[bool]], *, seconds: float, wha
     return time.monotonic() - started
 
 
+async def wait_for_socket(path: str) -> None:
+    """Wait until a fork server listens there; nothing to wait for if the path is empty."""
+
+    async def there() -> bool:
+        return not path or Path(path).exists()
+
+    await poll_until(there, seconds=120, what=f"a fork server listens at {path}")
+
+
+class _Forked:
+    """A child of the fork server, with what a scenario needs of Popen."""
+
+    def __init__(self, path: str, arguments: Sequence[str], environment: Mapping[str, str], log: int) -> None:
+        """Have it forked.
+
+        Args:
+            path: The fork server's socket.
+            arguments: Of launch.py.
+            environment: Further variables.
+            log: Handle of the file that takes its output.
+        """
+        self._status: int | None = None
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(path)
+        wanted = {"service": True, "folder": os.getcwd(), "environment": environment, "arguments": arguments}
+        socket.send_fds(self._server, [json.dumps(wanted).encode()], [log, log])
+        self._answers = self._server.makefile("r")
+        self.pid = int(self._answers.readline())
+
+    def poll(self) -> int | None:
+        """Return the exit status; None while it runs."""
+        ended, _, _ = select.select([self._server], [], [], 0) if self._status is None else ([], [], [])
+        return self.wait() if ended else self._status
+
+    def wait(self) -> int:
+        """Return the exit status once it has ended."""
+        if self._status is None:
+            self._status = int(self._answers.readline() or -signal.SIGKILL)  # no answer: the server was killed with it
+            self._answers.close()
+            self._server.close()
+        return self._status
+
+    def kill(self) -> None:
+        """Kill -9."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
 @dataclass(slots=True)
 class Process:
     """One service of the product at a fixed address."""
@@ -49,9 +102,11 @@ class Process:
     environment: Mapping[str, str] = field(default_factory=dict)
     launch_options: Sequence[str] = ()
     """Further options of launch.py."""
+    fork_socket: str = ""
+    """Where the fork server listens that it is forked from; empty: it is started anew."""
     starts: int = 0
     """How often it was started."""
-    _child: subprocess.Popen[bytes] | None = None
+    _child: subprocess.Popen[bytes] | _Forked | None = None
 
     @property
     def pid(self) -> int:
@@ -68,16 +123,29 @@ class Process:
         self.launch()
         return await self.wait_until_serving(seconds=seconds)
 
+    async def run(self, *, seconds: float) -> int:
+        """Start it, wait until it has ended by itself, and return its exit status."""
+        self.launch()
+
+        async def ended() -> bool:
+            return not self.alive
+
+        await poll_until(ended, seconds=seconds, what=f"{self.name} has ended")
+        assert self._child is not None
+        return self._child.wait()
+
     def launch(self) -> None:
         """Start it without waiting."""
         assert self._child is None or self._child.poll() is not None, f"{self.name} runs already"
         self.starts += 1
-        command = [sys.executable, "-m", "tests.reliability.launch", "--parent-pid", str(os.getpid())]
-        command += ["--role", self.name, "--index", str(self.starts)]
-        command += self.launch_options
+        options = ["--parent-pid", str(os.getpid()), "--role", self.name, "--index", str(self.starts)]
+        arguments = [*options, *self.launch_options, self.module, *self.arguments]
         with self.log_file.open("ab") as log:
+            if self.fork_socket:
+                self._child = _Forked(self.fork_socket, arguments, self.environment, log.fileno())
+                return
             self._child = subprocess.Popen(
-                [*command, self.module, *self.arguments],
+                [sys.executable, "-m", "tests.reliability.launch", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -111,6 +179,11 @@ class Process:
     def alive(self) -> bool:
         """Return whether it runs, frozen or not."""
         return self._child is not None and self._child.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return how it ended; None while it runs."""
+        return self._child.poll() if self._child is not None else None
 
     def children(self) -> list[int]:
         """Return the ids of its own children, ended ones that it has not noticed included."""

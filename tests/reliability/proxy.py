@@ -26,6 +26,8 @@ FLUSH_SECONDS: Final = 0.02
 """Between the last bytes before a reset and the reset: a reset discards what the peer has not read yet."""
 MAX_QUEUED: Final = 64
 """Pieces that a lane of a connection holds back; then it stops reading."""
+MAX_QUEUED_SLOW: Final = 4
+"""The same of a connection that was opened in a slow lane: what is under way there is lost with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,7 @@ class Proxy:
 
     async def _pump(self, link: _Link, lane: _Lane) -> None:
         """Carry one lane of one connection: what is read waits in a queue until it is due."""
-        queue: _Queue = asyncio.Queue(MAX_QUEUED)
+        queue: _Queue = asyncio.Queue(MAX_QUEUED_SLOW if lane.fault.bytes_per_second else MAX_QUEUED)
         sending = asyncio.create_task(self._send(link, lane, queue))
         try:
             end = await self._receive(link, lane, queue)

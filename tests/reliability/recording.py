@@ -20,7 +20,7 @@ from tests.reliability.checker import Line, Verdict, check, read_history
 from tether.errors import TetherError
 from tether.orchestrator import Run
 
-__all__ = ["Recorder", "dump_ledger", "hash_file"]
+__all__ = ["STATE_FILES", "WEIGHTS", "Recorder", "dump_ledger", "hash_file"]
 
 T = TypeVar("T")
 STATE_FILES: Final = ("weights.safetensors", "optimiser.safetensors")

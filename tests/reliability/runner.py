@@ -12,104 +12,139 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tests.reliability.disk import IN_NAMESPACE, find_obstacle, namespace_command
+from tests.reliability.jobs import Job, Result, run_jobs, write_result
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios import all_scenarios
+from tether_services.runtime.child import die_with_parent
 
-__all__ = ["main"]
+__all__ = ["limit_of", "main"]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 KEPT: Final = ROOT / "runs" / "reliability"
+COMMAND: Final = (sys.executable, "-m", "tests.reliability")
 MOST_PROBLEMS: Final = 10
 CONTROL_SECONDS: Final = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What is printed of one run of a scenario or of its control."""
-
-    name: str
-    passed: bool | None
-    """None: skipped."""
-    seconds: float
-    text: str
-    """Figures, or what went wrong."""
-
-    @property
-    def word(self) -> str:
-        """Return the result in a word."""
-        return "SKIP" if self.passed is None else "PASS" if self.passed else "FAIL"
+SHORT_SECONDS: Final = 360.0
+"""What the short form of the whole suite may take on two idle cores."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for and return 0 if everything passed."""
     known = _parse(arguments)
-    chosen = [s for s in all_scenarios() if not known.only or any(s.name.startswith(name) for name in known.only)]
+    scenarios = all_scenarios()
+    if known.job:
+        return _run_one(scenarios, known)
+    chosen = _choose(scenarios, known.only)
     if known.list or not chosen:
-        print(*(f"{scenario.name:14} {scenario.title}" for scenario in all_scenarios()), sep="\n")
+        print(*(f"{scenario.name:18} {scenario.title}" for scenario in scenarios), sep="\n")
         return 0 if known.list else 1
     obstacle = find_obstacle() if any(scenario.needs_mounts for scenario in chosen) else ""
     if not obstacle and IN_NAMESPACE not in os.environ and any(scenario.needs_mounts for scenario in chosen):
         _restart_in_namespace(known.seed)
     print(f"seed {known.seed}, {'long' if known.long else 'short'} form", flush=True)
-    results = []
-    for scenario in chosen:
-        results += _skip(scenario, obstacle) if scenario.needs_mounts and obstacle else _run_both(scenario, known)
-    return _report(results, known.seed)
+    started = time.monotonic()
+    obstacles = {s.name: s.find_obstacle() or (obstacle if s.needs_mounts else "") for s in chosen}
+    results = [_skip(scenario, obstacles[scenario.name]) for scenario in chosen if obstacles[scenario.name]]
+    results += _run_all(_list_jobs([scenario for scenario in chosen if not obstacles[scenario.name]], known), known)
+    return _report(results, known, time.monotonic() - started)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="scenarios whose names begin so; repeatable")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of all chance")
-    parser.add_argument("--long", action="store_true", help="the long forms")
+    parser.add_argument("--long", action="store_true", help="the long forms, which take hours")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="scenarios at a time, as processes; default 1")
     parser.add_argument("--no-controls", action="store_true", help="without the negative controls")
     parser.add_argument("--list", action="store_true", help="print the scenarios and end")
-    return parser.parse_args(arguments)
+    parser.add_argument("--job", nargs=2, metavar=("NAME", "RESULT"), help=argparse.SUPPRESS)
+    parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+    known = parser.parse_args(arguments)
+    if known.jobs < 1:
+        parser.error("--jobs: at least 1")
+    return known
+
+
+def _choose(scenarios: Sequence[Scenario], names: Sequence[str] | None) -> list[Scenario]:
+    """Return the scenarios of some names: whole words, or else beginnings."""
+    chosen: set[str] = set()
+    for name in names or [""]:
+        words = [s.name for s in scenarios if f"{s.name} ".startswith(f"{name} ")]
+        chosen.update(words or [s.name for s in scenarios if s.name.startswith(name)])
+    return [scenario for scenario in scenarios if scenario.name in chosen]
 
 
 def _restart_in_namespace(seed: int) -> None:
     """Become the same command in a mount namespace of its own, with the seed that was drawn."""
-    command = [sys.executable, "-m", "tests.reliability", *sys.argv[1:], "--seed", str(seed)]
+    command = [*COMMAND, *sys.argv[1:], "--seed", str(seed)]
     os.environ[IN_NAMESPACE] = "1"
     sys.stdout.flush()
     os.execvp("unshare", namespace_command(command))
 
 
-def _skip(scenario: Scenario, reason: str) -> list[Result]:
+def _skip(scenario: Scenario, reason: str) -> Result:
     print(f"{scenario.name}: skipped: {reason}", flush=True)
-    return [Result(scenario.name, None, 0.0, reason)]
+    return Result(scenario.name, None, 0.0, reason)
 
 
-def _run_both(scenario: Scenario, known: argparse.Namespace) -> list[Result]:
-    """Run a scenario and its control."""
-    results = [_run(scenario, known)]
-    if scenario.control and not known.no_controls:
-        results.append(_run(scenario, known, control=True))
-    return results
+def _list_jobs(chosen: Sequence[Scenario], known: argparse.Namespace) -> list[Job]:
+    """Return the scenarios, each followed by its control."""
+    jobs: list[Job] = []
+    for scenario in chosen:
+        jobs.append(Job(scenario))
+        if scenario.control and not known.no_controls:
+            jobs.append(Job(scenario, control=True))
+    return jobs
 
 
-def _run(scenario: Scenario, known: argparse.Namespace, *, control: bool = False) -> Result:
-    """Run a scenario in a folder of its own, which is kept if it fails, within its time limit."""
-    name = f"{scenario.name} control" if control else scenario.name
+def _run_all(jobs: Sequence[Job], known: argparse.Namespace) -> list[Result]:
+    """Run the jobs here one after the other, or as processes, so many at a time."""
+    if known.jobs == 1:
+        return [_run(job, known) for job in jobs]
+    options = ["--seed", str(known.seed), "--jobs", str(known.jobs), *(["--long"] if known.long else [])]
+    limit = partial(limit_of, long=known.long, jobs=known.jobs)
+    return asyncio.run(run_jobs(jobs, at_once=known.jobs, options=options, limit=limit, command=COMMAND))
+
+
+def _run_one(scenarios: Sequence[Scenario], known: argparse.Namespace) -> int:
+    """Be the process of one job, and leave its result for the process that waits for it."""
+    if known.parent_pid:
+        die_with_parent(known.parent_pid)
+    name, path = known.job
+    [job] = [Job(s, control=c) for s in scenarios for c in (False, True) if Job(s, control=c).name == name]
+    result = _run(job, known)
+    write_result(result, Path(path))
+    return 0 if result.passed else 1
+
+
+def limit_of(job: Job, *, long: bool, jobs: int) -> float:
+    """Return the seconds that a job may take: more where others run beside it."""
+    scenario = job.scenario
+    alone = CONTROL_SECONDS if job.control else scenario.long_seconds if long else scenario.seconds
+    return alone * jobs
+
+
+def _run(job: Job, known: argparse.Namespace) -> Result:
+    """Run a job in a folder of its own, which is kept if it fails, within its time limit."""
     folder = Path(tempfile.mkdtemp(prefix="tether-reliability-"))
     # Names, so that a scenario meets the same faults alone and among others.
-    trial = Trial(folder, random.Random(f"{known.seed} {name}"), known.long and not control, control)
-    limit = CONTROL_SECONDS if control else scenario.long_seconds if known.long else scenario.seconds
+    trial = Trial(folder, random.Random(f"{known.seed} {job.name}"), known.long and not job.control, job.control)
+    limit = limit_of(job, long=known.long, jobs=known.jobs)
     started = time.monotonic()
     try:
-        outcome = asyncio.run(_within(limit, scenario, trial))
-        passed, text = _judge_control(scenario, outcome) if control else _judge(outcome)
+        outcome = asyncio.run(_within(limit, job.scenario, trial))
+        passed, text = _judge_control(job.scenario, outcome) if job.control else _judge(outcome)
     except Exception as error:  # whatever it is, the other scenarios run and the table tells
         passed, text = False, f"{type(error).__name__}: {str(error) or f'beyond {limit:g} s'}"
         traceback.print_exc()
-    result = Result(name, passed, time.monotonic() - started, text)
-    print(f"{result.word} {name} ({result.seconds:.0f} s) {text}", flush=True)
-    _keep(folder, name, known.seed) if not passed else shutil.rmtree(folder, ignore_errors=True)
+    result = Result(job.name, passed, time.monotonic() - started, text)
+    print(f"{result.word} {result.name} ({result.seconds:.0f} s) {text}", flush=True)
+    _keep(folder, job.name, known.seed) if not passed else shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
@@ -145,12 +180,12 @@ def _keep(folder: Path, name: str, seed: int) -> None:
     print(f"    kept in {target}", flush=True)
 
 
-def _report(results: Sequence[Result], seed: int) -> int:
+def _report(results: Sequence[Result], known: argparse.Namespace, seconds: float) -> int:
     """Print the table and return the exit status."""
     print(f"\n{'scenario':24} {'result':6} {'seconds':>7}")
     for result in results:
         print(f"{result.name:24} {result.word:6} {result.seconds:7.1f}")
     failed = sum(result.passed is False for result in results)
-    seconds = sum(result.seconds for result in results)
-    print(f"{len(results)} runs in {seconds:.0f} s, {failed} failed; seed {seed}")
+    late = f" (the short form should take {SHORT_SECONDS:.0f} s)" if not known.long and seconds > SHORT_SECONDS else ""
+    print(f"{len(results)} runs in {seconds:.0f} s{late}, {failed} failed; seed {known.seed}", flush=True)
     return 1 if failed else 0

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["take_out"]
+from tests.reliability.traits import TRAITS
+
+__all__ = ["SPOILED_STEPS", "take_out"]
+
+SPOILED_STEPS: Final = "TETHER_TEST_SPOILED_STEPS"
+SPOILED_SIZE: Final = 2.0
+"""Of the noise in the B matrices: the policy is far from the reference then."""
 
 
 def take_out(name: str) -> None:
-    """Take a protection, a key of SABOTAGES, out of this process and of those that it forks."""
-    SABOTAGES[name]()
+    """Take a protection, a key of SABOTAGES, out of this process and of those that it forks, or give it a trait."""
+    (SABOTAGES | TRAITS)[name]()
 
 
 def _replace(module: str, name: str, replacement: Callable[..., Any], *, loaded_by: str) -> None:
@@ -53,7 +62,8 @@ def _take_out_checks() -> None:
     """The values of an adapter and its effect are not looked at."""
     _replace_in_generator("verification", "check_finite", lambda path, entries: None)
     _replace_in_generator("proof", "check_claim", lambda served, claimed, tolerance: 0.0)
-    _replace_in_generator("proof", "check_effect", lambda *served, **declared: None)
+    for name in ("check_effect", "check_change", "check_base"):
+        _replace_in_generator("proof", name, lambda *served, **declared: None)
 
 
 def _take_out_seeds() -> None:
@@ -106,10 +116,160 @@ def _take_out_order() -> None:
     _set(loop, "publish", publish_after)
 
 
+def _take_out_crc() -> None:
+    """Chunks of an upload are not compared with the CRC-32 that was sent with them."""
+    _replace_in_generator("uploads", "check_chunk", lambda chunk: None)
+
+
+def _take_out_names() -> None:
+    """All adapters of a run have one name in the engine, as if they were loaded in place of each other."""
+    from tether_services.generator.pushes import AdapterPushes
+
+    name = AdapterPushes._name
+    _set(AdapterPushes, "_name", lambda *given: replace(name(*given), name=given[1].run_id))
+
+
+def _take_out_versions() -> None:
+    """Samples are asked for and taken from whatever version the generator serves."""
+    from tether.generator import Generation, GeneratorClient
+
+    pinned = GeneratorClient.generate
+
+    async def generate(self: GeneratorClient, prompt: Any, **options: Any) -> Generation:
+        return await pinned(self, prompt, **{**options, "policy_version": None, "run_id": ""})
+
+    _set(GeneratorClient, "generate", generate)
+    _replace(
+        "tether_services.orchestrator.rollouts",
+        "find_faults",
+        lambda generation, asked: [""] * len(generation.completions),
+        loaded_by="tether_services.orchestrator.loop",
+    )
+
+
+def _take_out_barrier() -> None:
+    """A step goes on once the first generator has the new version; the others get it a step later."""
+    from tether_services.orchestrator.fleet import Fleet
+    from tether_services.orchestrator.publishing import LocalAdapter, PushFigures
+
+    versions: list[LocalAdapter] = []
+
+    async def publish(self: Fleet, adapter: LocalAdapter) -> PushFigures:
+        first, *others = self.publishers
+        self._current = adapter
+        for publisher in others:
+            await publisher.publish(versions[-1] if versions else None)
+        versions.append(adapter)
+        return await first.publish(adapter)
+
+    _set(Fleet, "publish", publish)
+
+
+def _take_out_account() -> None:
+    """Each rollout loses a sample, and neither it nor the ledger counts what it is told."""
+    from tether_services.orchestrator import ledger_steps
+    from tether_services.orchestrator.rollouts import Rollout
+
+    add = Rollout.add
+
+    def lose_first(self: Rollout, *arguments: Any) -> None:
+        add(self, *arguments)
+        if len(self.rows) == 1:
+            self.samples.clear()
+
+    def train_samples(connection: Any, run: Any, step: int, counts: object) -> None:
+        where = "run_id = ? AND step = ? AND epoch = ? AND state = 'generated'"
+        connection.execute(f"UPDATE samples SET state = 'trained' WHERE {where}", (run.run_id, step, run.epoch))
+
+    _set(Rollout, "add", lose_first)
+    _set(Rollout, "check", lambda self, **limits: None)
+    _set(ledger_steps, "_train_samples", train_samples)
+
+
+def _take_out_clock() -> None:
+    """Leases are timed by the time of day."""
+    from tether_services.orchestrator import heartbeat
+    from tether_services.orchestrator.ledger import Ledger
+
+    defaults = Ledger.__init__.__kwdefaults__
+    assert defaults and "clock_ns" in defaults, "the ledger has no default clock any more"
+    defaults["clock_ns"] = time.time_ns
+    _set(heartbeat, "boot_clock_ns", time.time_ns)
+
+
+def _take_out_checkpoint_hash() -> None:
+    """A checkpoint is loaded whatever its bytes are."""
+    from safetensors.torch import load
+
+    from tether_services.orchestrator.run_files import RunFiles
+    from tether_services.orchestrator.trainer import checkpoint
+
+    _set(RunFiles, "find_checkpoint", lambda self, row: self.directory / row.path)
+    _set(checkpoint, "_read_tensors", lambda path, hashes: load(path.read_bytes()))
+
+
+def _take_out_alarms() -> None:
+    """No figure of a step raises an alarm."""
+    _replace(
+        "tether_services.orchestrator.alarms",
+        "find_alarm",
+        lambda *figures: None,
+        loaded_by="tether_services.orchestrator.loop",
+    )
+
+
+def _spoil() -> None:
+    """Let the update of one step of each of the first attempts make a bad policy: a fault, for lack of a better place.
+
+    `SPOILED_STEPS` of the environment holds the steps, in the order of the attempts.
+    """
+    import torch
+
+    from tether_services.orchestrator import loop
+    from tether_services.orchestrator.session import Session
+    from tether_services.runtime.history import record
+
+    learn = loop.learn
+    steps = json.loads(os.environ.get(SPOILED_STEPS, "[]"))
+
+    def ruin(session: Session) -> None:
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(1)
+            for name, parameter in session.trainer._model.adapter_parameters("policy").items():
+                if "lora_B" in name:
+                    parameter.copy_(SPOILED_SIZE * torch.randn(parameter.shape, generator=noise))
+
+    async def learn_badly(session: Session, step: int, clock: Any) -> Any:
+        learned = await learn(session, step, clock)
+        if steps[session.attempt.epoch - 1 : session.attempt.epoch] == [step]:
+            await session.thread.run(ruin, session)
+            record("spoiled", run=session.attempt.run_id, step=step, why="its weights are noise")
+        return learned
+
+    _set(loop, "learn", learn_badly)
+
+
+def _take_out_epoch() -> None:
+    """The generator does not compare the epochs of the writers of a run."""
+    from tether_services.generator.fence import Fence
+
+    _set(Fence, "check", lambda self, run_id, epoch: None)
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
     "seeds": _take_out_seeds,
     "staging": _take_out_staging,
     "order": _take_out_order,
+    "crc": _take_out_crc,
+    "names": _take_out_names,
+    "versions": _take_out_versions,
+    "barrier": _take_out_barrier,
+    "account": _take_out_account,
+    "clock": _take_out_clock,
+    "checkpoint_hash": _take_out_checkpoint_hash,
+    "alarms": _take_out_alarms,
+    "spoil": _spoil,
+    "epoch": _take_out_epoch,
 }

@@ -61,8 +61,12 @@ class Scenario:
     caught_as: frozenset[str] = frozenset()
     """Invariants that the checker must report in the control."""
     seconds: float = 120.0
-    """Time limit of the short form, and of the control."""
+    """Time limit of the short form where it runs alone: several times what it takes."""
+    usual_seconds: float = 10.0
+    """What the short form takes; longer ones are started first."""
     long_seconds: float = 1800.0
     """Time limit of the long form."""
     needs_mounts: bool = False
     """Mounts small file systems: root and a mount namespace of its own."""
+    find_obstacle: Callable[[], str] = str
+    """Returns why it cannot be run here; empty if it can."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reliability import checker
+from tests.reliability import call_rules, checker, rollback_rules
 from tests.reliability.checker import INVARIANTS, check, read_history
 
 History = list[dict[str, Any]]
@@ -130,6 +130,7 @@ BREAKS: list[tuple[str, str, Edit]] = [
     ("I2", "was committed 2 times", lambda h: insert_after(h, line_of(h, "committed", step=1))),
     ("I2", "two writers", lambda h: insert_after(h, line_of(h, "committed", step=1), **ACTIVE, **LATE)),
     ("I2", "two writers", lambda h: line_of(h, "committed", step=2).update(epoch=1)),
+    ("I2", "two writers: 2 processes", lambda h: h.append({**line_of(h, "attempt"), "pid": 99})),
     ("I2", "computed 2 steps again", lambda h: insert_after(h, line_of(h, "begun", epoch=2), step=0)),
     ("I3", "was trained on 2 times", lambda h: insert_after(h, line_of(h, "trained", step=2))),
     ("I3", "was trained on 2 times", lambda h: line_of(h, "trained", step=2)["samples"].append(1)),
@@ -281,9 +282,77 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_elsewhere_is_an_error(tm
         list(read_history(path))
 
 
-def test_the_checker_imports_the_standard_library_only() -> None:
-    tree = ast.parse(Path(checker.__file__).read_text())
-    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+def health_lines(*healthy: float, heard: float | None = None) -> History:
+    """A service that is mute from second 1 on, with the times at which it is said to be healthy."""
+    lines: History = [{"kind": "mute", "t": 1.0, "service": "reward", "bound_seconds": 3.0}]
+    lines += [{"kind": "liveness", "t": t, "service": "reward", "healthy": True} for t in healthy]
+    lines += [{"kind": "liveness", "t": 9.0, "service": "reward", "healthy": False}]
+    return lines + ([] if heard is None else [{"kind": "heard", "t": heard, "service": "reward"}])
+
+
+def test_a_service_that_is_said_to_be_healthy_while_it_answers_nothing_is_reported() -> None:
+    assert not check(health_lines(0.0, 1.5, 3.9)).violations
+    assert not check(health_lines(2.0, 8.0, heard=3.0)).violations
+    other = {"kind": "liveness", "t": 8.0, "service": "reference", "healthy": True}
+    assert not check([*health_lines(), other]).violations
+    [(name, text)] = check(health_lines(2.0, 4.1, 8.0)).violations
+    assert name == "I6" and "reward was said to be healthy for 3.1 s while it answered no call" in text
+
+
+def rolled_back_history(*, reused: bool = False, sampled_by: int = 1) -> History:
+    """Step 1 is rolled back and made again, as version 3."""
+    history = [line for line in good_history(2) if not line["kind"].startswith("ledger")]
+    for line in history:
+        if line["kind"] == "exported":
+            line["step"] = line["policy_version"] - 1
+    again = step_lines("r", 2, 1)
+    for number, line in enumerate(again):
+        line |= {"t": 100.0 + number, "branch": 1}
+        if line["kind"] in ("exported", "proven", "activated", "state"):
+            line |= {"policy_version": 2 if reused else 3, "sha256": "sha3"}
+        if line["kind"] in ("begun", "generated"):
+            line |= {"policy_version": sampled_by, "sha256": f"sha{sampled_by}"}
+    return [*history, {"kind": "rolled_back", "t": 99.0, "run": "r", "to_step": 1}, *again]
+
+
+def test_a_reader_may_see_a_rollback_while_it_is_made_and_not_before() -> None:
+    history = [*rolled_back_history(), {"kind": "observed", "t": 50.0, "run": "r", "committed": 2}]
+    early = {"kind": "observed", "run": "r", "committed": 1, "asked": 98.5, "t": 98.7}
+    assert check([*history, early]).violations == []
+    assert check([*history, early | {"t": 97.9, "asked": 97.5}]).names == {"I2"}
+    assert check([*history, early | {"committed": 0}]).names == {"I2"}, "one step stays"
+    late = [early | {"committed": 2, "t": 99.5}, early | {"asked": 99.6, "t": 99.7}]
+    assert check([*history, *late]).violations == [], "the first answer was on its way when it was made"
+
+
+def test_a_version_that_is_used_again_after_a_rollback_is_reported() -> None:
+    assert check(rolled_back_history()).violations == []
+    [violation, *_] = check(rolled_back_history(reused=True)).violations
+    assert violation == ("I4", "run r: version 2 stands for sha2 and for sha3")
+
+
+def test_a_step_that_is_sampled_by_a_version_that_was_rolled_back_is_reported() -> None:
+    assert check(rolled_back_history(sampled_by=2)).violations == [
+        ("I4", "run r: step 1 began with version 2, which was rolled back")
+    ]
+
+
+def test_a_step_on_top_of_a_bad_policy_is_reported_unless_that_was_rolled_back() -> None:
+    spoiled = {"kind": "spoiled", "t": 0.5, "run": "r", "step": 0, "why": "noise"}
+    found = check([*good_history(), spoiled]).violations
+    assert [name for name, _ in found] == ["I5", "I5"]
+    assert "step 1 was committed on top of step 0, which is bad: noise" in found[0][1]
+    assert check([*good_history(), spoiled | {"step": 2}]).violations == [], "nothing came of it"
+    history = rolled_back_history()
+    assert check([*history, spoiled | {"step": 1}]).violations == []
+    assert check([*history, spoiled | {"step": 0}]).names == {"I5"}, "that one was not rolled back"
+
+
+def test_the_checker_imports_the_standard_library_and_its_own_rules_only() -> None:
+    rules = {"tests.reliability.call_rules", "tests.reliability.rollback_rules"}
+    for module, own in ((checker, rules), (call_rules, set()), (rollback_rules, rules)):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+        imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in imported - own} <= sys.stdlib_module_names
     assert set(INVARIANTS) == {f"I{n}" for n in range(1, 8)}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.processes import Process, is_serving, poll_until
+from tests.reliability.fork_server import OUT_OF_REACH
+from tests.reliability.processes import LOADED_VARIABLE, Process, is_serving, poll_until
 from tests.reliability.sabotage import SABOTAGES
 from tests.reliability.scenarios import all_scenarios
 from tests.reliability.world import WorldPlan, open_world
@@ -17,6 +19,7 @@ from tests.rpc.serving import run
 from tether.errors import UnavailableError
 from tether.reward import RewardClient, ScoreItem
 from tether_services.runtime.fault_points import PLAN_VARIABLE
+from tether_services.runtime.threads import thread_environment
 
 REWARD = WorldPlan(services=("reward",))
 
@@ -96,6 +99,79 @@ def test_a_service_that_does_not_start_is_reported_with_its_log(tmp_path: Path) 
 
     with pytest.raises(AssertionError, match="no_such_setting"):
         run(scenario(), timeout_seconds=60)
+
+
+def test_a_forked_service_is_killed_and_started_like_any_other_and_ends_with_its_world(tmp_path: Path) -> None:
+    plan = WorldPlan(models="tiny", services=("reward", "reference"))
+    pids: list[int] = []
+
+    async def scenario() -> None:
+        async with open_world(tmp_path, plan) as world:
+            workers, reference = world.processes["workers"], world.processes["reference"]
+            assert reference.pid in workers.children()
+            reference.kill()
+            assert (reference.alive, reference.exit_code) == (False, -9)
+            assert not await is_serving(reference.address)
+            await reference.start(seconds=30)
+            assert await is_serving(reference.address)
+            pids.extend(process.pid for process in world.processes.values())
+
+    run(scenario(), timeout_seconds=120)
+    assert len(pids) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_the_libraries_can_be_loaded_once_for_several_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    socket = str(tmp_path / "loaded.socket")
+    environment = thread_environment(1)
+    loaded = Process("loaded", "tests.reliability.fork_server", (socket,), tmp_path / "log", socket, environment)
+    monkeypatch.setenv(LOADED_VARIABLE, socket)
+    pids: list[int] = []
+
+    async def scenario(number: int) -> None:
+        async with open_world(tmp_path / str(number), WorldPlan(models="tiny", services=("reward",))) as world:
+            workers, reward = world.processes["workers"], world.processes["reward"]
+            assert workers.pid in loaded.children()
+            assert reward.pid in workers.children()
+            pids.extend((workers.pid, reward.pid))
+
+    try:
+        loaded.launch()
+        for number in range(2):
+            run(scenario(number), timeout_seconds=120)
+        assert loaded.alive and loaded.children() == []
+    finally:
+        loaded.kill()
+    assert len(set(pids)) == 4
+
+
+def test_a_forked_service_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    plan = WorldPlan(models="tiny", services=("reward",), settings={"reward": {"no_such_setting": 1}})
+
+    async def scenario() -> None:
+        async with open_world(tmp_path, plan):
+            raise AssertionError("it serves")
+
+    with pytest.raises(AssertionError, match="no_such_setting"):
+        run(scenario(), timeout_seconds=60)
+
+
+@pytest.mark.parametrize("out_of_reach", [False, True])
+def test_a_worker_is_killed_with_its_client_unless_it_is_out_of_reach(out_of_reach: bool, tmp_path: Path) -> None:
+    sabotage = {"worker": [OUT_OF_REACH]} if out_of_reach else {}
+
+    async def scenario() -> None:
+        async with open_world(tmp_path, WorldPlan(models="tiny", services=("reward",), sabotage=sabotage)) as world:
+            reward = world.processes["reward"]
+            pid = reward.pid
+            reward._child._server.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]  # the client is gone
+            for _ in range(20):
+                await asyncio.sleep(0.05)
+                if not Path(f"/proc/{pid}").exists():
+                    break
+            assert Path(f"/proc/{pid}").exists() is out_of_reach
+
+    run(scenario(), timeout_seconds=60)
 
 
 def test_waiting_ends_at_its_deadline_and_says_for_what() -> None:

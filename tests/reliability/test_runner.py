@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.reliability import runner
 from tests.reliability.checker import Verdict
 from tests.reliability.disk import IN_NAMESPACE, find_obstacle, namespace_command
+from tests.reliability.jobs import Job, order_jobs
 from tests.reliability.scenario import Outcome, Scenario, Trial
 
 DREW: list[tuple[bool, bool, float]] = []
@@ -95,9 +97,108 @@ def test_one_seed_gives_a_scenario_the_same_chance_alone_and_among_others(kept: 
     assert long == (False, True, same[2])
 
 
+def test_a_scenario_that_cannot_be_run_here_is_skipped_with_the_reason(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_here = replace(BAD, find_obstacle=lambda: "there is no clock")
+    monkeypatch.setattr(runner, "all_scenarios", lambda: [GOOD, bad_here])
+    assert runner.main(["--seed", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "R2 bad: skipped: there is no clock" in printed
+    assert "3 runs in 0 s, 0 failed; seed 5" in printed
+
+
+def test_a_time_limit_is_longer_where_several_run_at_the_same_time(kept: Path) -> None:
+    limits = [
+        runner.limit_of(Job(SLOW, control=control), long=long, jobs=jobs)
+        for control, long, jobs in ((False, False, 1), (False, False, 2), (False, True, 1), (True, True, 2))
+    ]
+    assert limits == [0.2, 0.4, SLOW.long_seconds, 2 * runner.CONTROL_SECONDS]
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        (["R1"], ["R1", "R1 good"]),
+        (["R1 g"], ["R1 good"]),
+        (["R12", "R1 good"], ["R1 good", "R12"]),
+        (["R"], ["R1", "R1 good", "R12"]),
+    ],
+)
+def test_scenarios_are_chosen_by_whole_words_or_else_by_beginnings(
+    only: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "all_scenarios", lambda: [replace(GOOD, name=n) for n in ("R1", "R1 good", "R12")])
+    arguments = [word for name in only for word in ("--only", name)]
+    assert runner.main([*arguments, "--no-controls"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].removeprefix("PASS ") for line in printed if line.startswith("PASS")] == names
+
+
 def test_an_unknown_name_is_refused_with_the_names_there_are(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--only", "R99"]) == 1
     assert "R2 bad" in capsys.readouterr().out
+
+
+PROGRAM = """
+import asyncio, os, sys, time
+from pathlib import Path
+from tests.reliability import runner
+from tests.reliability.checker import Verdict
+from tests.reliability.jobs import Job, order_jobs
+from tests.reliability.scenario import Outcome, Scenario
+
+async def meet(trial):
+    # Passes only if the other one is under way at the same time.
+    (Path(FOLDER) / f"came-{os.getpid()}").touch()
+    print("one line", flush=True)
+    while len(list(Path(FOLDER).glob("came-*"))) < 2:
+        await asyncio.sleep(0.01)
+    print("and its other", flush=True)
+    return Outcome(Verdict(), {"drew": trial.random.random()})
+
+async def die(trial):
+    os.kill(os.getpid(), 9)
+
+FOLDER = sys.argv.pop(1)
+runner.KEPT = Path(FOLDER) / "kept"
+runner.COMMAND = (sys.executable, "-c", Path(FOLDER, "program").read_text(), FOLDER)
+runner.all_scenarios = lambda: [Scenario("A", "", meet), Scenario("B", "", meet), Scenario("C", "", die)]
+raise SystemExit(runner.main())
+"""
+
+
+def run_program(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "program").write_text(PROGRAM)
+    command = [sys.executable, "-c", PROGRAM, str(folder), "--seed", "5", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_several_scenarios_run_at_the_same_time_with_their_own_chance_and_whole_outputs(tmp_path: Path) -> None:
+    done = run_program(tmp_path, "--jobs", "2", "--only", "A", "--only", "B")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "seed 5, short form"
+    assert [lines[1:3], lines[4:6]] == [["one line", "and its other"]] * 2
+    table = done.stdout[done.stdout.index("scenario  ") :]
+    assert [line.split()[:2] for line in table.splitlines()[1:3]] == [["A", "PASS"], ["B", "PASS"]]
+    alone = run_program(tmp_path, "--only", "B")  # the meeting is over: it passes alone
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    [drew] = [line.partition("drew")[2] for line in alone.stdout.splitlines() if line.startswith("PASS B")]
+    assert f"drew{drew}" in done.stdout
+
+
+def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path: Path) -> None:
+    done = run_program(tmp_path, "--jobs", "2")
+    assert done.returncode == 1
+    assert "FAIL C (0 s) its process ended with status -9" in done.stdout
+    assert "3 runs in" in done.stdout and "1 failed; seed 5" in done.stdout
+
+
+def test_long_scenarios_are_started_first_and_controls_last() -> None:
+    brief, slow = replace(GOOD, name="R1 brief"), replace(GOOD, name="R2 slow", usual_seconds=40.0)
+    jobs = [Job(brief), Job(brief, control=True), Job(slow), Job(slow, control=True)]
+    assert [job.name for job in order_jobs(jobs)] == ["R2 slow", "R1 brief", "R2 slow control", "R1 brief control"]
 
 
 DISK = """

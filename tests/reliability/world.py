@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import tomli_w
 
-from tests.reliability.processes import Process, poll_until
+from tests.reliability.processes import LOADED_VARIABLE, Process, poll_until, wait_for_socket
 from tests.reliability.proxy import Proxy
 from tests.reliability.recording import Recorder
 from tether.adapter import AdapterClient
@@ -25,6 +25,8 @@ from tether_services.runtime.threads import thread_environment
 __all__ = ["World", "WorldPlan", "open_world", "run_toml"]
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
+SECOND: Final = "generator2"
+"""May be among the services of a plan: then a run has two generators."""
 WORKERS: Final = "workers"
 """The process that workers are forked from."""
 SOCKET: Final = "fork.socket"
@@ -40,21 +42,28 @@ class WorldPlan:
     services: Sequence[str] = SERVICES
     """Those to start."""
     proxied: Sequence[str] = ()
-    """Of generator, adapter, reward, reference, orchestrator: reached through a proxy."""
+    """Of generator, adapter, generator2, adapter2, reward, reference, orchestrator: reached through a proxy."""
     sabotage: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By service, or of "worker": protections to take out, by their names in sabotage.py."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By service: further settings."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Further variables of all services."""
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By service, or of the "workers": further variables."""
     fork_workers: bool = True
-    """Workers are forked from a process that has loaded the libraries, with real models; else started anew."""
+    """Workers of real models are forked from a process that has loaded the libraries, as services are; else started
+    anew."""
+
+    @property
+    def forks(self) -> bool:
+        """Whether there is a process that others are forked from."""
+        return self.models == "tiny"
 
     @property
     def processes(self) -> tuple[str, ...]:
         """Return the names of all processes to start."""
-        forks = self.fork_workers and self.models == "tiny" and "orchestrator" in self.services
-        return (*((WORKERS,) if forks else ()), *self.services)
+        return (*((WORKERS,) if self.forks else ()), *self.services)
 
 
 @dataclass(slots=True)
@@ -65,7 +74,7 @@ class World:
     plan: WorldPlan
     recorder: Recorder
     addresses: Mapping[str, str]
-    """Real addresses: generator, adapter, reward, reference, orchestrator."""
+    """Real addresses: generator, adapter, generator2, adapter2, reward, reference, orchestrator."""
     processes: Mapping[str, Process]
     proxies: Mapping[str, Proxy]
 
@@ -88,8 +97,9 @@ class World:
 
     def worker(self) -> int | None:
         """Return the process id of the worker that runs now; None if there is none."""
-        children = self.processes[WORKERS if WORKERS in self.processes else "orchestrator"].children()
-        return children[0] if children else None
+        children = self.processes[WORKERS if self.plan.fork_workers else "orchestrator"].children()
+        services = {process.pid for process in self.processes.values() if process.alive}
+        return next((child for child in children if child not in services), None)
 
     def kill_worker(self) -> bool:
         """Kill -9 the worker and return whether there was one."""
@@ -114,9 +124,10 @@ class World:
 async def open_world(folder: Path, plan: WorldPlan) -> AsyncIterator[World]:
     """Yield the services of a plan, serving; all of them are killed at the end, whatever it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("generator", "adapter", "reward", "reference", "orchestrator", "m0", "m1", "m2", "m3")
+    ports = ("generator", "adapter", "reward", "reference", "orchestrator", SECOND, "adapter2")
+    names = (*ports, *(f"metrics of {name}" for name in plan.services))
     addresses = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(len(names)), strict=True)}
-    model = _write_model(folder) if plan.models == "tiny" else None
+    model = folder / "policy" if plan.models == "tiny" else None
     recorder = Recorder(folder / "history.jsonl")
     async with AsyncExitStack() as stack:
         proxies = {name: await stack.enter_async_context(Proxy(addresses[name])) for name in plan.proxied}
@@ -125,17 +136,22 @@ async def open_world(folder: Path, plan: WorldPlan) -> AsyncIterator[World]:
         processes = {name: _process(folder, plan, name, settings.get(name, {}), recorder) for name in plan.processes}
         for process in processes.values():
             stack.callback(process.kill)
+        if WORKERS in processes:
+            await wait_for_socket(processes[WORKERS].fork_socket)
+            await processes[WORKERS].start()  # the others are forked from it
+            await _write_model(folder)
+        services = [process for name, process in processes.items() if name != WORKERS]
+        for process in services:
             process.launch()
-        await asyncio.gather(*(process.wait_until_serving() for process in processes.values()))
+        await asyncio.gather(*(process.wait_until_serving() for process in services))
         yield World(folder, plan, recorder, addresses, processes, proxies)
 
 
-def _write_model(folder: Path) -> Path:
-    """Write the tiny policy with its prompts and return its folder."""
-    from tests.rpc.run_services import write_tiny_policy, write_word_prompts
-
-    write_word_prompts(folder / "prompts.txt")
-    return write_tiny_policy(folder / "policy")
+async def _write_model(folder: Path) -> None:
+    """Have the tiny policy with its prompts written by a process that has the libraries already."""
+    module, log_file = "tests.reliability.tiny_model", folder / "model.log"
+    writer = Process("model", module, (str(folder),), log_file, address="", fork_socket=str(folder / SOCKET))
+    assert await writer.run(seconds=60) == 0, writer.log_tail()
 
 
 def _settings(
@@ -146,21 +162,23 @@ def _settings(
     if model is not None:
         engine = {"engine": "transformers", "model": str(model), "dtype": "float32", "device": "cpu"}
         engine["batch"] = {"mix_calls": False}
+    generators = {
+        name: {**engine, "admin_address": addresses[adapter], "adapters": {"folder": str(folder / f"{adapter}s")}}
+        for name, adapter in (("generator", "adapter"), (SECOND, "adapter2"))
+    }
+    called: dict[str, Any] = {f"{name}_address": reached[name] for name in ("generator", "adapter")}
+    if SECOND in plan.services:
+        pairs = [(reached["generator"], reached["adapter"]), (reached[SECOND], reached["adapter2"])]
+        called = {"generators": [{"address": address, "adapter_address": adapter} for address, adapter in pairs]}
+    called |= {f"{name}_address": reached[name] for name in ("reward", "reference")}
     chosen: dict[str, dict[str, Any]] = {
-        "generator": {
-            **engine,
-            "admin_address": addresses["adapter"],
-            "adapters": {"folder": str(folder / "adapters")},
-        },
+        **generators,
         "reward": {"engine": "fake"},
         "reference": engine,
-        "orchestrator": {
-            "state_dir": str(folder / "runs"),
-            **{f"{name}_address": reached[name] for name in ("generator", "adapter", "reward", "reference")},
-        },
+        "orchestrator": {"state_dir": str(folder / "runs"), **called},
     }
-    for number, name in enumerate(SERVICES):
-        common = {"address": addresses[name], "metrics_address": addresses[f"m{number}"], "drain_seconds": 1.0}
+    for name in plan.services:
+        common = {"address": addresses[name], "metrics_address": addresses[f"metrics of {name}"], "drain_seconds": 1.0}
         chosen[name] = {**chosen[name], **common, "threads": 1, **plan.settings.get(name, {})}
     return chosen
 
@@ -168,18 +186,23 @@ def _settings(
 def _process(folder: Path, plan: WorldPlan, name: str, settings: Mapping[str, Any], recorder: Recorder) -> Process:
     """Return the process of a service, or the one that workers are forked from."""
     environment = thread_environment(1) | {"PYTHONFAULTHANDLER": "1", HISTORY_VARIABLE: str(recorder.path)}
-    environment |= plan.environment
+    environment |= {**plan.environment, **plan.environments.get(name, {})}
     taken = plan.sabotage.get("worker" if name == WORKERS else name, ())
     options = [word for protection in taken for word in ("--sabotage", protection)]
     log_file, socket = folder / f"{name}.log", str(folder / SOCKET)
     if name == WORKERS:
-        return Process(name, "tests.reliability.fork_server", (socket, *taken), log_file, socket, environment)
-    if name == "orchestrator" and WORKERS in plan.processes:
+        # Variables of its own may be such as count when a program starts: LD_PRELOAD does.
+        loaded = "" if name in plan.environments else os.environ.get(LOADED_VARIABLE, "")
+        module = "tests.reliability.fork_server"
+        return Process(name, module, (socket, *taken), log_file, socket, environment, fork_socket=loaded)
+    if name == "orchestrator" and plan.forks and plan.fork_workers:
         options += ["--fork-socket", socket]
     config = folder / f"{name}.toml"
     config.write_text(tomli_w.dumps(dict(settings)), encoding="utf-8")
     arguments, address = ("--config", str(config)), str(settings["address"])
-    return Process(name, f"tether_services.{name}", arguments, log_file, address, environment, options)
+    fork_socket = socket if plan.forks else ""
+    module = f"tether_services.{'generator' if name == SECOND else name}"
+    return Process(name, module, arguments, log_file, address, environment, options, fork_socket)
 
 
 def run_toml(folder: Path, *, steps: int, extra: str = "") -> str:

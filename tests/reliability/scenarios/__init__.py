@@ -9,7 +9,43 @@ __all__ = ["all_scenarios"]
 
 def all_scenarios() -> list[Scenario]:
     """Return every scenario in the order in which they run: cheap ones first."""
-    from tests.reliability.scenarios import adapter_flips, bad_adapters, dropped_answers, full_disk, killed_worker
+    from tests.reliability.scenarios import (
+        adapter_flips,
+        adapter_switches,
+        bad_adapters,
+        clock_jumps,
+        damaged_checkpoints,
+        dropped_answers,
+        everything,
+        full_disk,
+        killed_generator,
+        killed_services,
+        killed_worker,
+        liveness,
+        partition,
+        rolled_back,
+        stopped_server,
+        transfers,
+        two_generators,
+    )
 
-    modules = (adapter_flips, dropped_answers, bad_adapters, killed_worker, full_disk)
+    modules = (
+        adapter_flips,
+        adapter_switches,
+        transfers,
+        dropped_answers,
+        damaged_checkpoints,
+        bad_adapters,
+        rolled_back,
+        killed_worker,
+        killed_generator,
+        full_disk,
+        two_generators,
+        stopped_server,
+        killed_services,
+        liveness,
+        partition,
+        clock_jumps,
+        everything,
+    )
     return [scenario for module in modules for scenario in module.SCENARIOS]

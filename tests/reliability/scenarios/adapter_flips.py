@@ -158,5 +158,6 @@ SCENARIOS = [
         control="the comparison of hashes",
         caught_as=frozenset({"I5"}),
         seconds=120,
+        usual_seconds=25,
     )
 ]

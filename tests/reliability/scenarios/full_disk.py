@@ -10,6 +10,7 @@ from typing import Any, Final
 from safetensors.numpy import save
 
 from tests.reliability.adapter_bench import RUN, Bench, open_bench
+from tests.reliability.checker import read_history
 from tests.reliability.disk import SmallDisk, small_disk
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios.killed_worker import KEEP_ALL, PARTS, judge, run_whole
@@ -24,6 +25,10 @@ DISK_BYTES: Final = 16 * 1024 * 1024
 INODES: Final = 100
 REFUSALS: Final = ("RESOURCE_EXHAUSTED", "FAILED_PRECONDITION")
 STATE_BYTES: Final = 64 * 1024 * 1024
+WAIT_SECONDS: Final = 4.0
+"""For room, before a run fails."""
+STILL_SECONDS: Final = 1.2
+"""Without a new step: it waits."""
 Break = Callable[[SmallDisk], object]
 
 
@@ -118,25 +123,30 @@ async def sample(bench: Bench) -> Any:
 
 
 async def run_checkpoints(trial: Trial) -> Outcome:
-    """Fill the disk under a run, again and again, and give the room back each time."""
+    """Fill the disk under a run, again and again; there is room again while the run waits, or once it has failed."""
     rounds, steps = trial.count(2, 10), trial.count(24, 100)
     folder = trial.folder / "disk"
-    plan = WorldPlan(models="tiny", settings={"orchestrator": {"state_dir": str(folder)}})
+    settings = {"orchestrator": {"state_dir": str(folder), "storage_wait_seconds": WAIT_SECONDS}}
+    plan = WorldPlan(models="tiny", settings=settings)
     with small_disk(folder, size_bytes=STATE_BYTES) as disk:
         async with open_world(trial.folder, plan) as world, world.orchestrator() as client:
             whole = await run_whole(world, client, steps)
             await client.start_run(PARTS, run_toml(world.folder, steps=steps, extra=KEEP_ALL))
             failures: list[str] = []
-            failed = 0
             for number in range(rounds):
                 await reach(world, client, 3 + number * steps // (rounds + 1))
                 await asyncio.sleep(trial.random.uniform(0.0, 0.4))
                 disk.fill()
-                failures += await watch_full(world, client)
+                failures += await (watch_failing if number % 2 else watch_waiting)(world, client)
                 disk.free()
-                failed += await go_on(world, client)
+                if number % 2:
+                    await client.resume_run(PARTS)
             parts = await world.wait_for_end(client, PARTS, seconds=90)
-            return judge(world, (whole, parts), {"times full": rounds, "failed": failed, "steps": steps}, failures)
+            attempts = 1 + rounds // 2
+            if trials(world) != attempts:
+                failures.append(f"{trials(world)} attempts in place of {attempts}")
+            figures = {"went on by itself": rounds - rounds // 2, "failed and resumed": rounds // 2, "steps": steps}
+            return judge(world, (whole, parts), figures, failures)
 
 
 async def reach(world: World, client: OrchestratorClient, steps: int) -> Run:
@@ -150,30 +160,41 @@ async def reach(world: World, client: OrchestratorClient, steps: int) -> Run:
     raise AssertionError(f"the run stays at {run.committed_step_count} of {steps} steps: {run.state} {run.error}")
 
 
-async def watch_full(world: World, client: OrchestratorClient) -> list[str]:
-    """Watch a run whose disk is full until it has failed or for 4 s, and return what is unclear about it."""
-    deadline = time.monotonic() + 4.0
-    while time.monotonic() < deadline:
-        answer: Awaitable[Run] = world.recorder.call("GetRun", 5.0, client.get_run(PARTS, timeout_seconds=5.0))
-        try:
-            run = await world.recorder.observe(answer)
-        except TetherError as error:
-            return [f"GetRun on a full disk: {error}"]
+async def watch_waiting(world: World, client: OrchestratorClient) -> list[str]:
+    """Return once a run makes no step any more, and what is wrong about that."""
+    committed, since = -1, time.monotonic()
+    while time.monotonic() - since < STILL_SECONDS:
+        run = await look(world, client)
         if run.ended:
-            clear = "STORAGE_FULL" in run.error or "No space left" in run.error
-            return [] if clear else [f"the reason is not clear: {run.state} {run.error!r}"]
+            return [f"the run did not wait: {run.state} {run.error!r}"]
+        if run.committed_step_count != committed:
+            committed, since = run.committed_step_count, time.monotonic()
         await asyncio.sleep(0.1)
     return []
 
 
-async def go_on(world: World, client: OrchestratorClient) -> bool:
-    """Have the run go on where there is room again, and return whether it had failed and was resumed."""
-    await asyncio.sleep(0.5)
-    run = await world.recorder.observe(client.get_run(PARTS))
-    if run.state == "failed":
-        await client.resume_run(PARTS)
-    await reach(world, client, run.committed_step_count + 1)
-    return run.state == "failed"
+async def watch_failing(world: World, client: OrchestratorClient) -> list[str]:
+    """Return once a run has failed for want of room, and what is wrong about that."""
+    deadline = time.monotonic() + WAIT_SECONDS + 20.0
+    while time.monotonic() < deadline:
+        run = await look(world, client)
+        if run.ended:
+            clear = run.state == "failed" and "STORAGE_FULL" in run.error and "free some space" in run.error
+            return [] if clear else [f"the reason is not clear: {run.state} {run.error!r}"]
+        await asyncio.sleep(0.1)
+    return ["the run waits for ever"]
+
+
+async def look(world: World, client: OrchestratorClient) -> Run:
+    """Return the run, which a full disk must not hinder."""
+    answer: Awaitable[Run] = world.recorder.call("GetRun", 5.0, client.get_run(PARTS, timeout_seconds=5.0))
+    return await world.recorder.observe(answer)
+
+
+def trials(world: World) -> int:
+    """Return how many attempts of the run have begun."""
+    lines = read_history(world.recorder.path)
+    return sum(line["kind"] == "attempt" and line["run"] == PARTS for line in lines)
 
 
 SCENARIOS = [
@@ -191,6 +212,7 @@ SCENARIOS = [
         title="the orchestrator's disk full in the middle of a run",
         run=run_checkpoints,
         seconds=180,
+        usual_seconds=25,
         needs_mounts=True,
     ),
 ]

@@ -43,7 +43,7 @@ async def run_random(trial: Trial) -> Outcome:
 
 async def run_unattended(trial: Trial) -> Outcome:
     """Kill worker or orchestrator; nobody resumes the run: it goes on by itself, in workers that are started anew."""
-    kills = trial.count(4, 30)
+    kills = trial.count(2, 30)
     plan = WorldPlan(models="tiny", fork_workers=False)
     return await compare(trial, plan, steps=kills * trial.count(3, 7), kills=kills)
 
@@ -196,12 +196,14 @@ SCENARIOS = [
         control="seeds that depend on step and prompt alone",
         caught_as=frozenset({"I7"}),
         seconds=240,
+        usual_seconds=45,
     ),
     Scenario(
         name="R2 unattended",
         title="the same without anybody who resumes, workers started anew",
         run=run_unattended,
         seconds=240,
+        usual_seconds=30,
     ),
     Scenario(
         name="R2 points",
@@ -210,5 +212,6 @@ SCENARIOS = [
         control="the order of checkpoint and commit",
         caught_as=frozenset({"I7"}),
         seconds=240,
+        usual_seconds=30,
     ),
 ]
