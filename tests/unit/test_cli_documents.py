@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -66,3 +69,14 @@ def test_a_dry_run_prints_every_setting_with_its_value_and_starts_nothing(
     assert "preset: " in capsys.readouterr().err
     assert main([*arguments, "--set", "ppo.lam=0.5"]) == 42
     assert "ppo.lam: has no effect" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "a"\nprompts = "b.txt"\n[trainer]\nlearning_rate = 1e-3\n')
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "tether_services", "run", "start", "r", "--config", str(file), "--dry-run"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = build_parser().parse_args(arguments)
     run: Command = known.run
     try:
-        return run(known)
+        status = run(known)
+        sys.stdout.flush()
+        return status
     except TetherError as error:
         return report_error(error)
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without an error
+        return 1
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith(("tether.", "tether_services")):
             raise

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -18,6 +19,8 @@ from tether_services.cli.client_commands import run_table
 
 _SHOWN_HASH = 12
 """Leading digits of a hash in the table; --json has all of it."""
+_PIPED_WIDTH = 160
+"""Characters of a line where the output is no terminal: all columns whole."""
 
 
 def show(known: argparse.Namespace) -> int:
@@ -26,7 +29,7 @@ def show(known: argparse.Namespace) -> int:
     if known.json:
         print(json.dumps(as_json(run, steps if known.steps else None), indent=2))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     console.print(run_table(run))
     if known.steps:
         console.print()
