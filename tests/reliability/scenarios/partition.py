@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.world import WORKERS, World, WorldPlan, open_world, run_toml
 from tether.orchestrator import OrchestratorClient
+from tether_services.runtime.fault_points import PLAN_VARIABLE
 
 RUN: Final = "parted"
 STALL: Final = Fault(stall=True)
@@ -87,23 +89,31 @@ class Course:
 
 
 async def run_parted(trial: Trial) -> Outcome:
-    """Cut every service off in turn; at last the worker is replaced while it waits for an answer to its push."""
+    """Cut every service off in turn; at last the worker is replaced while it waits for an answer to its push.
+
+    In the control it is stopped right before a push, so that it has something to push when it goes on.
+    """
     sabotage = {"orchestrator": [OUT_OF_REACH], "worker": [OUT_OF_REACH]}
+    environment = {}
     if trial.control:
         sabotage["generator"] = ["epoch"]
+        plan_file = trial.folder / "plan.json"
+        plan_file.write_text(json.dumps({"worker": {"1": "push.begun@3=stop"}}))
+        environment[PLAN_VARIABLE] = str(plan_file)
     settings: dict[str, dict[str, Any]] = {
         "orchestrator": {**RETRIES, **({} if trial.long else SHORT)},
         "generator": {"adapters": {"folder": str(trial.folder / "adapters"), "keep_versions": KEPT_VERSIONS}},
     }
     proxied = ("generator", "adapter", "reward", "reference")
-    plan = WorldPlan(models="tiny", proxied=proxied, sabotage=sabotage, settings=settings)
+    plan = WorldPlan(models="tiny", proxied=proxied, sabotage=sabotage, settings=settings, environment=environment)
     async with open_world(trial.folder, plan) as world, world.orchestrator() as client:
         course = Course(world, client, 60.0 if trial.long else 2.0)
         await client.start_run(RUN, run_toml(world.folder, steps=trial.count(40, 600), extra=KEEP_ALL))
         await course.reach(2, seconds=60)
         for name, direction in [] if trial.control else draw_partitions(trial.random, long=trial.long):
             await course.cut_off(name, direction)
-        refusal = await replace_worker(course, trial.random)
+        how = "stopped before its push" if trial.control else trial.random.choice(["both", "answers lost"])
+        refusal = await replace_worker(course, how)
         if trial.control:
             return Outcome(world.recorder.judge(), {"replaced worker": refusal})
         run = await world.wait_for_end(client, RUN, seconds=120 if not trial.long else 1200)
@@ -126,13 +136,23 @@ def draw_partitions(random: Random, *, long: bool) -> list[tuple[str, str]]:
     return list(zip(names, directions, strict=True))
 
 
-async def replace_worker(course: Course, random: Random) -> str:
-    """Stop a worker whose push has no answer until another one has taken over, and return how it ended then."""
-    world, direction = course.world, random.choice(["both", "answers lost"])
-    course.cut("adapter", direction)
-    await poll_until(lambda: is_pushing(course), seconds=HEALED_SECONDS, what="a committed step waits for its push")
-    [old] = course.workers()
-    os.kill(old, signal.SIGSTOP)
+async def replace_worker(course: Course, how: str) -> str:
+    """Stop a worker in a push until another one has taken over, and return how it ended then.
+
+    Args:
+        course: Of the run.
+        how: A key of DIRECTIONS: the generator's adapters are cut off, and the worker is stopped while it waits for an
+            answer; anything else: it stops by itself.
+    """
+    world = course.world
+    if how in DIRECTIONS:
+        course.cut("adapter", how)
+        await poll_until(lambda: is_pushing(course), seconds=HEALED_SECONDS, what="a committed step waits for its push")
+        [old] = course.workers()
+        os.kill(old, signal.SIGSTOP)
+    else:
+        [old] = course.workers()
+        await poll_until(lambda: is_stopped(old), seconds=HEALED_SECONDS, what="the worker stops before its push")
     attempts = count_attempts(world)
 
     async def replaced() -> bool:
@@ -141,7 +161,7 @@ async def replace_worker(course: Course, random: Random) -> str:
     await poll_until(replaced, seconds=4 * course.seconds + 60, what="another worker has taken over")
     before = await course.committed()
     world.proxies["adapter"].clear()
-    course.healed[f"adapter ({direction}, worker replaced)"] = await course.reach(before + 2, seconds=HEALED_SECONDS)
+    course.healed[f"adapter ({how}, worker replaced)"] = await course.reach(before + 2, seconds=HEALED_SECONDS)
     os.kill(old, signal.SIGCONT)
 
     async def gone() -> bool:
@@ -152,6 +172,11 @@ async def replace_worker(course: Course, random: Random) -> str:
     if not refusal:
         course.failures.append("the replaced worker was not refused")
     return refusal
+
+
+async def is_stopped(pid: int) -> bool:
+    """Return whether a process was stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 async def is_pushing(course: Course) -> bool:

@@ -97,7 +97,7 @@ class Keeper:
             else:
                 process.resume()
             self.away.remove(name)
-            await self._time_next_step(client, run.committed_step_count)
+            await self._time_next_step(client, process, run.committed_step_count)
 
     async def _replace(self, name: str, process: Process) -> None:
         life = self.lives[name].pop(0)
@@ -105,10 +105,15 @@ class Keeper:
         self.plan_file.write_text(json.dumps({**plan, name: {str(process.starts + 1): " ".join(life)}}))
         await process.start()
 
-    async def _time_next_step(self, client: OrchestratorClient, committed: int) -> None:
-        """Wait for a step that was not there when the generator was gone, from when no other one is away either."""
+    async def _time_next_step(self, client: OrchestratorClient, process: Process, committed: int) -> None:
+        """Wait for a step that was not there when the generator was gone, from when no other one is away either.
+
+        A generator that goes away again before is waited for by whoever brings it back, and not timed.
+        """
         returned = time.monotonic()
         while not (run := await client.get_run(PARTS)).ended and run.committed_step_count <= committed:
+            if not process.alive or is_stopped(process):
+                return
             await asyncio.sleep(POLL_SECONDS)
             if self.away:
                 returned = time.monotonic()
