@@ -4,6 +4,8 @@ A history is a sequence of JSON objects, each with `kind` and, where it was reco
 `pid`. What is read, by kind (fields in brackets may be absent):
 
     attempt      run epoch                                     an attempt of a run begins
+    fault        role index point action                       a process has come to a point of its fault plan
+    pushing      run policy_version                            a generator was begun to be sent a version
     begun        run epoch step policy_version [max_staleness] a step begins; the version that must sample it
     generated    run epoch step sample policy_version sha256 [key logprob]
     dropped      run epoch step sample reason

@@ -54,9 +54,12 @@ class Reader:
 
     def export(self) -> str:
         """Export the adapter where it is not whole, and return the hash of what lies there then."""
-        folder = self.files.make_way(self.row.version, committed_sha256=self.adapter_sha256)
+        folder = self.files.make_way(
+            self.row.version, config=self.trainer.adapter_config, committed_sha256=self.adapter_sha256
+        )
         self.trainer.export_adapter(folder, policy_version=self.row.version)
-        return hash_file(folder / WEIGHTS)
+        config = (folder / "adapter_config.json").read_bytes()
+        return hash_file(folder / WEIGHTS) if config == self.trainer.adapter_config else "another configuration"
 
     def judge(self, number: int, file: str, bit: int) -> str:
         """Return what became of a flip: refused and why, made anew, or loaded."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Clock", "compile_shim", "find_obstacle"]
+from tests.reliability.processes import poll_until
+
+__all__ = ["Clock", "compile_shim", "find_obstacle", "read_ahead", "see_ahead"]
 
 SOURCE: Final = Path(__file__).with_name("clock.c")
 FILE_VARIABLE: Final = "TETHER_CLOCK_FILE"
+SLACK_SECONDS: Final = 60.0
+"""By which a log may be older than its file."""
 
 
 def find_obstacle() -> str:
@@ -48,3 +54,30 @@ class Clock:
         """Be so much ahead of the machine's clock, from now on; behind it if negative."""
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.write(struct.pack("=q", seconds))
+
+
+def read_ahead(log_file: Path) -> float | None:
+    """Return by how many seconds the newest line of a log is ahead of the time that the kernel wrote the file.
+
+    None if there is no line yet. The kernel's time is the machine's, whatever clock the process lives by.
+    """
+    if not log_file.exists():
+        return None
+    lines = [line for line in log_file.read_text(encoding="utf-8").splitlines() if line[:1] + line[-1:] == "{}"]
+    if not lines:
+        return None
+    return datetime.fromisoformat(json.loads(lines[-1])["time"]).timestamp() - log_file.stat().st_mtime
+
+
+async def see_ahead(log_file: Path, seconds: int) -> None:
+    """Wait until a log shows that its process lives by a clock that is so much ahead of the machine's.
+
+    Raises:
+        AssertionError: It does not within 10 s: that clock was never moved.
+    """
+
+    async def seen() -> bool:
+        ahead = read_ahead(log_file)
+        return ahead is not None and abs(ahead - seconds) < SLACK_SECONDS
+
+    await poll_until(seen, seconds=10, what=f"the clock of {log_file.name} is {seconds} s ahead")

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,14 @@ from tests.reliability.processes import LOADED_VARIABLE, Process
 from tests.reliability.scenario import Scenario
 from tether_services.runtime.threads import thread_environment
 
-__all__ = ["Job", "Result", "order_jobs", "run_jobs", "write_result"]
+__all__ = ["TRIAL_FOLDER", "Job", "Result", "order_jobs", "run_jobs", "write_result"]
 
 MANY: Final = 4
 """Jobs for which it is worth while to load the libraries once for all."""
+TRIAL_FOLDER: Final = "trial"
+"""Of a job, below the folder of its result."""
+END_SECONDS: Final = 10.0
+"""For a job that is told to end, until it is killed."""
 GRACE_SECONDS: Final = 60.0
 """Beyond its own limit, until a process that does not end by itself is killed."""
 
@@ -64,25 +68,25 @@ async def run_jobs(
     jobs: Sequence[Job],
     *,
     at_once: int,
-    options: Sequence[str],
-    limit: Callable[[Job], float],
     command: Sequence[str],
+    limit: Callable[[Job], float],
+    keep: Callable[[Path, str], None],
 ) -> list[Result]:
     """Return the results in the order of the jobs; what each prints comes out whole when it ends.
 
     Args:
         jobs: All of them are run, whatever the others do.
         at_once: Processes at a time.
-        options: Of the command line: seed and form.
+        command: Runs the suite with the seed and the form.
         limit: The seconds after which a job has ended by itself.
-        command: Runs the suite.
+        keep: Keeps the histories of a job, by its name, that left no result.
     """
     slots = asyncio.Semaphore(at_once)
     found: dict[Job, Result] = {}
 
     async def run(job: Job) -> None:
         async with slots:
-            found[job] = await _run_job(job, [*command, *options], limit(job) + GRACE_SECONDS)
+            found[job] = await _run_job(job, command, limit(job) + GRACE_SECONDS, keep)
 
     with _loaded_libraries() if len(jobs) >= MANY else nullcontext():
         async with asyncio.TaskGroup() as group:
@@ -107,25 +111,39 @@ def _loaded_libraries() -> Iterator[None]:
             loaded.kill()
 
 
-async def _run_job(job: Job, command: Sequence[str], seconds: float) -> Result:
+async def _run_job(job: Job, command: Sequence[str], seconds: float, keep: Callable[[Path, str], None]) -> Result:
     """Run one job in a process and print what it printed."""
-    with tempfile.TemporaryDirectory(prefix="tether-reliability-job-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tether-reliability-job-", ignore_cleanup_errors=True) as folder:
         output, answer = Path(folder) / "output", Path(folder) / "result.json"
         chosen = ["--job", job.name, str(answer), "--parent-pid", str(os.getpid())]
         started = time.monotonic()
         with output.open("wb") as file:
             child = await asyncio.create_subprocess_exec(*command, *chosen, stdout=file, stderr=file)
             try:
-                await asyncio.wait_for(child.wait(), seconds)
-            except TimeoutError:
-                child.kill()
-                await child.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(child.wait(), seconds)
+            finally:  # also where the suite is interrupted
+                await _end(child)
         print(output.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
         if answer.exists():
             return Result(**json.loads(answer.read_text(encoding="utf-8")))
+        if (trial := Path(folder) / TRIAL_FOLDER).exists():
+            keep(trial, job.name)
     result = Result(job.name, False, time.monotonic() - started, f"its process ended with status {child.returncode}")
     print(f"{result.word} {result.name} ({result.seconds:.0f} s) {result.text}", flush=True)
     return result
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """Have a job end its processes if it still runs, and kill it if it does not end."""
+    if child.returncode is not None:
+        return
+    child.terminate()
+    try:
+        await asyncio.wait_for(child.wait(), END_SECONDS)
+    except TimeoutError:
+        child.kill()
+        await child.wait()
 
 
 def write_result(result: Result, path: Path) -> None:

@@ -7,17 +7,19 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from tests.reliability.disk import IN_NAMESPACE, find_obstacle, namespace_command
-from tests.reliability.jobs import Job, Result, run_jobs, write_result
+from tests.reliability.jobs import TRIAL_FOLDER, Job, Result, run_jobs, write_result
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios import all_scenarios
 from tether_services.runtime.child import die_with_parent
@@ -34,8 +36,9 @@ SHORT_SECONDS: Final = 360.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for and return 0 if everything passed."""
+    """Run what is asked for and return 0 if nothing failed."""
     known = _parse(arguments)
+    signal.signal(signal.SIGTERM, _leave)  # all that was begun is ended and removed, as after Ctrl-C
     scenarios = all_scenarios()
     if known.job:
         return _run_one(scenarios, known)
@@ -54,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _report(results, known, time.monotonic() - started)
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="scenarios whose names begin so; repeatable")
@@ -61,6 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long", action="store_true", help="the long forms, which take hours")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="scenarios at a time, as processes; default 1")
     parser.add_argument("--no-controls", action="store_true", help="without the negative controls")
+    parser.add_argument("--no-skips", action="store_true", help="exit with 1 if anything could not be run here")
     parser.add_argument("--list", action="store_true", help="print the scenarios and end")
     parser.add_argument("--job", nargs=2, metavar=("NAME", "RESULT"), help=argparse.SUPPRESS)
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
@@ -107,8 +115,8 @@ def _run_all(jobs: Sequence[Job], known: argparse.Namespace) -> list[Result]:
     if known.jobs == 1:
         return [_run(job, known) for job in jobs]
     options = ["--seed", str(known.seed), "--jobs", str(known.jobs), *(["--long"] if known.long else [])]
-    limit = partial(limit_of, long=known.long, jobs=known.jobs)
-    return asyncio.run(run_jobs(jobs, at_once=known.jobs, options=options, limit=limit, command=COMMAND))
+    limit, keep = partial(limit_of, long=known.long, jobs=known.jobs), partial(_keep, seed=known.seed)
+    return asyncio.run(run_jobs(jobs, at_once=known.jobs, command=[*COMMAND, *options], limit=limit, keep=keep))
 
 
 def _run_one(scenarios: Sequence[Scenario], known: argparse.Namespace) -> int:
@@ -131,7 +139,26 @@ def limit_of(job: Job, *, long: bool, jobs: int) -> float:
 
 def _run(job: Job, known: argparse.Namespace) -> Result:
     """Run a job in a folder of its own, which is kept if it fails, within its time limit."""
-    folder = Path(tempfile.mkdtemp(prefix="tether-reliability-"))
+    with _trial_folder(known) as folder:
+        result = _run_in(folder, job, known)
+        if not result.passed:
+            _keep(folder, job.name, seed=known.seed)
+        return result
+
+
+@contextmanager
+def _trial_folder(known: argparse.Namespace) -> Iterator[Path]:
+    """Yield an empty folder; that of a job lies where its parent finds and removes it, whatever becomes of the job."""
+    if known.job:
+        folder = Path(known.job[1]).parent / TRIAL_FOLDER
+        folder.mkdir()
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="tether-reliability-", ignore_cleanup_errors=True) as name:
+            yield Path(name)
+
+
+def _run_in(folder: Path, job: Job, known: argparse.Namespace) -> Result:
     # Names, so that a scenario meets the same faults alone and among others.
     trial = Trial(folder, random.Random(f"{known.seed} {job.name}"), known.long and not job.control, job.control)
     limit = limit_of(job, long=known.long, jobs=known.jobs)
@@ -144,7 +171,6 @@ def _run(job: Job, known: argparse.Namespace) -> Result:
         traceback.print_exc()
     result = Result(job.name, passed, time.monotonic() - started, text)
     print(f"{result.word} {result.name} ({result.seconds:.0f} s) {text}", flush=True)
-    _keep(folder, job.name, known.seed) if not passed else shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
@@ -170,13 +196,12 @@ def _judge_control(scenario: Scenario, outcome: Outcome) -> tuple[bool, str]:
     return not missing, text if not missing else f"{text}, {', '.join(sorted(missing))} expected"
 
 
-def _keep(folder: Path, name: str, seed: int) -> None:
-    """Move the histories and logs of a failure to where they stay."""
+def _keep(folder: Path, name: str, *, seed: int) -> None:
+    """Copy the histories and logs of a failure to where they stay."""
     target = KEPT / f"{name.replace(' ', '-')}-{seed}"
     shutil.rmtree(target, ignore_errors=True)
     KEPT.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.socket", "disk", "policy"), dirs_exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
     print(f"    kept in {target}", flush=True)
 
 
@@ -186,6 +211,8 @@ def _report(results: Sequence[Result], known: argparse.Namespace, seconds: float
     for result in results:
         print(f"{result.name:24} {result.word:6} {result.seconds:7.1f}")
     failed = sum(result.passed is False for result in results)
+    skipped = sum(result.passed is None for result in results)
     late = f" (the short form should take {SHORT_SECONDS:.0f} s)" if not known.long and seconds > SHORT_SECONDS else ""
-    print(f"{len(results)} runs in {seconds:.0f} s{late}, {failed} failed; seed {known.seed}", flush=True)
-    return 1 if failed else 0
+    counts = f"{failed} failed, {skipped} skipped"
+    print(f"{len(results)} runs in {seconds:.0f} s{late}, {counts}; seed {known.seed}", flush=True)
+    return 1 if failed or (skipped and known.no_skips) else 0

@@ -1,4 +1,4 @@
-"""Takes one protection out of a service before it starts: what a negative control runs against."""
+"""Takes a protection out of a service before it starts: what a negative control runs against."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Trial:
     long: bool
     """The long form, with the figures of the reliability reference."""
     control: bool = False
-    """One protection is taken out."""
+    """One protection is taken out, or a set where one covers for another."""
 
     def count(self, short: int, long: int) -> int:
         """Return a number for this form."""

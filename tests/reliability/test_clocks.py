@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.clocks import Clock, compile_shim, find_obstacle
+from tests.reliability.clocks import Clock, compile_shim, find_obstacle, read_ahead
 
 pytestmark = pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "the time of day can be moved")
 
@@ -49,3 +49,14 @@ def test_the_time_of_day_of_a_process_moves_when_told_and_its_other_clocks_do_no
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("hours", [0, 24, -1])
+def test_a_log_tells_by_how_much_the_clock_of_its_writer_is_ahead(hours: int, tmp_path: Path) -> None:
+    log = tmp_path / "service.log"
+    assert read_ahead(log) is None
+    log.write_text("no line of a service yet\n")
+    assert read_ahead(log) is None
+    old, new = (time.strftime("%Y-%m-%dT%H:%M:%S.123Z", time.gmtime(time.time() + s)) for s in (-5e5, hours * 3600))
+    log.write_text(f'{{"time": "{old}"}}\n{{"time": "{new}"}}\nand a warning\n')
+    assert read_ahead(log) == pytest.approx(hours * 3600, abs=30)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def test_a_scenario_that_passes_and_whose_control_is_caught_is_a_success(
     assert printed.startswith("seed 5, short form")
     assert "PASS R1 good (0 s) kills: 3" in printed
     assert "PASS R1 good control (0 s) without a lock: I2 reported" in printed
-    assert "2 runs in 0 s, 0 failed; seed 5" in printed
+    assert "2 runs in 0 s, 0 failed, 0 skipped; seed 5" in printed
     assert not kept.exists()
 
 
@@ -105,7 +107,18 @@ def test_a_scenario_that_cannot_be_run_here_is_skipped_with_the_reason(
     assert runner.main(["--seed", "5"]) == 0
     printed = capsys.readouterr().out
     assert "R2 bad: skipped: there is no clock" in printed
-    assert "3 runs in 0 s, 0 failed; seed 5" in printed
+    assert "3 runs in 0 s, 0 failed, 1 skipped; seed 5" in printed
+
+
+def test_a_skipped_scenario_is_a_failure_where_none_may_be_skipped(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        runner, "all_scenarios", lambda: [GOOD, replace(BAD, find_obstacle=lambda: "there is no clock")]
+    )
+    assert runner.main(["--seed", "5", "--no-skips"]) == 1
+    assert "0 failed, 1 skipped; seed 5" in capsys.readouterr().out
+    assert runner.main(["--seed", "5", "--no-skips", "--only", "R1"]) == 0
 
 
 def test_a_time_limit_is_longer_where_several_run_at_the_same_time(kept: Path) -> None:
@@ -158,6 +171,7 @@ async def meet(trial):
     return Outcome(Verdict(), {"drew": trial.random.random()})
 
 async def die(trial):
+    (trial.folder / "history.jsonl").write_text("{}")
     os.kill(os.getpid(), 9)
 
 FOLDER = sys.argv.pop(1)
@@ -192,7 +206,29 @@ def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path
     done = run_program(tmp_path, "--jobs", "2")
     assert done.returncode == 1
     assert "FAIL C (0 s) its process ended with status -9" in done.stdout
-    assert "3 runs in" in done.stdout and "1 failed; seed 5" in done.stdout
+    assert "3 runs in" in done.stdout and "1 failed, 0 skipped; seed 5" in done.stdout
+    assert (tmp_path / "kept" / "C-5" / "history.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [[], ["--jobs", "2"]])
+def test_a_suite_that_is_interrupted_leaves_no_folder(number: int, options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "--only", "A", *options]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    suite = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("came-*")):  # A waits for B, which never comes
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert list((tmp_path / "temporary").iterdir())
+        suite.send_signal(number)
+        assert suite.wait(timeout=30) != 0
+    finally:
+        suite.kill()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_long_scenarios_are_started_first_and_controls_last() -> None:

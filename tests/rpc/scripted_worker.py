@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.unit.run_inputs import sample_rows, step_outcome, step_record
+from tests.unit.run_inputs import sample_rows, step_outcome, step_record, write_checkpoint
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.orchestrator.heartbeat import Heartbeat
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.progress import note_work
-from tether_services.orchestrator.records import Attempt, CheckpointRow, RunState
+from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.worker import ROLLED_BACK_EXIT_CODE, _parse
 
 KEEPING = ("keeps", "alarms")
@@ -74,8 +74,7 @@ def run_steps(ledger: Ledger, attempt: Attempt) -> int:
 def commit(ledger: Ledger, attempt: Attempt, step: int, *, with_checkpoint: bool) -> int:
     """Commit a step and return the version that it made."""
     numbers = ledger.next_step(attempt.run_id)
-    path = f"checkpoints/{numbers.new_version:06d}-e{attempt.epoch}"
-    row = CheckpointRow(numbers.new_version, path, "c" * 64, 10) if with_checkpoint else None
+    row = write_checkpoint(attempt.directory, numbers.new_version, attempt.epoch) if with_checkpoint else None
     ledger.record_samples(attempt, step, sample_rows(4, version=numbers.policy_version))
     record = replace(step_record(step), policy_version=numbers.policy_version)
     ledger.commit_step(attempt, record, replace(step_outcome(step), checkpoint=row))

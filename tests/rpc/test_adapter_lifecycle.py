@@ -506,6 +506,7 @@ def test_abandoned_upload_expires_and_leaves_nothing() -> None:
             await asyncio.sleep(0.1)
             late = await refusal(serving.adapters.PushChunks(chunks(begun, adapter.data), timeout=5))
             assert late.code == NOT_FOUND
+            await serving.service._parts.uploads.settle()
             assert serving.stored_files() == []
 
     run(scenario())

@@ -48,6 +48,25 @@ async def active(serving: Serving) -> int:
     return (await serving.adapters.GetActiveAdapter(adapter_pb2.GetActiveAdapterRequest(), timeout=5)).policy_version
 
 
+def test_an_announcement_that_had_to_wait_finds_what_was_committed_meanwhile() -> None:
+    async def main() -> None:
+        async with serve_generator() as serving:
+            made, other = fake_adapter(1), fake_adapter(2)
+            name = await upload(serving.adapters, begin_request(made, "run-a", 1), made.data)
+            uploads = serving.service._parts.uploads
+            async with uploads._turn:  # as while the bytes of an earlier upload are removed
+                again = asyncio.ensure_future(serving.adapters.BeginPush(begin_request(made, "run-a", 1), timeout=10))
+                third = asyncio.ensure_future(serving.adapters.BeginPush(begin_request(other, "run-a", 1), timeout=10))
+                await asyncio.sleep(0.2)
+                await serving.adapters.CommitPush(commit_request(name), timeout=10)
+            begun = await again
+            assert (begun.upload_id, begun.committed_offset) == (name, len(made.data))
+            assert (await refusal(third)).reason == "VERSION_EXISTS"
+            assert not uploads._open, "nothing is begun for them"
+
+    run(main())
+
+
 async def activate_roll_back_repeat(serving: Serving) -> int:
     """An activation whose answer is lost, an operator's rollback, and the repeat: what is active then."""
     await push_fakes(serving.adapters, "run-a", [1, 2])

@@ -135,6 +135,26 @@ def test_an_unload_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch, re
     run(scenario())
 
 
+def test_a_version_goes_also_if_the_one_leaves_who_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters_module, "UNLOAD_PAUSES", (0.3,))
+
+    async def scenario() -> None:
+        async with serve_generator() as serving:
+            await push_fakes(serving.adapters, "run-a", [1])
+            Stubborn(serving, monkeypatch, refusals=1)
+            await serving.adapters.DeleteAdapter(delete_request("run-a", 1), timeout=5)
+            leaving = asyncio.create_task(serving.service.adapters.settle())
+            await asyncio.sleep(0.05)
+            assert not leaving.done()
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            await serving.service.adapters.settle()
+            assert await list_adapters(serving.adapters) == {}
+            assert serving.stored_files() == []
+
+    run(scenario())
+
+
 def test_a_version_that_the_engine_keeps_blocks_nothing_and_goes_at_the_next_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`tether adapter list | activate | rollback` on a real generator, beside an orchestrator with and without a run."""
+"""`tether adapter list | push | activate | rollback` on a real generator, with and without an orchestrator to ask."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.rpc.adapter_files import activate, fake_adapter, list_adapters, push_fakes
+from tests.rpc.adapter_files import activate, fake_adapter, fake_probe, list_adapters, push_fakes
 from tests.rpc.generator_serving import Serving, serve_generator
 from tests.rpc.serving import run
-from tether.adapter import ActiveAdapter
+from tether.adapter import ActiveAdapter, AdapterProbe, AdapterPush
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
 from tether.v1 import adapter_pb2, orchestrator_pb2
 from tether_services.cli.adapter_lifecycle import check_owner, describe_active
 from tether_services.cli.main import build_parser
 from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
+from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 
 NOBODY = "127.0.0.1:1"
 
@@ -160,27 +161,111 @@ def test_under_a_run_that_is_being_trained_nothing_is_switched_unless_told_to(wo
     with_two_versions(scenario, "demo")
 
 
-def test_under_a_run_that_is_being_trained_nothing_is_pushed_either(tmp_path: Path) -> None:
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The folder of an adapter that the fake engine takes as any version, without a base to compute its proof with."""
     made = fake_adapter(9)
     (tmp_path / CONFIG_NAME).write_bytes(made.config)
     (tmp_path / WEIGHTS_NAME).write_bytes(made.weights)
 
+    def declare(known: argparse.Namespace, config: object, version: int) -> AdapterPush:
+        proof = fake_probe(version)
+        probe = AdapterProbe(proof.token_ids, list(proof.logprobs))
+        return AdapterPush(known.run_id, version, FAKE_BASE_SHA256, made.rank, made.targets, [probe], True)
+
+    monkeypatch.setattr("tether_services.cli.adapter_commands._declare", declare)
+    return str(tmp_path)
+
+
+def test_under_a_run_that_is_being_trained_nothing_is_pushed_either(adapter: str) -> None:
     async def scenario(serving: Serving) -> None:
         async with orchestrating(demo="PENDING") as orchestrator:
             with pytest.raises(FailedPreconditionError, match="fails then") as caught:
-                await command(serving, "push", str(tmp_path), orchestrator=orchestrator)
+                await command(serving, "push", adapter, orchestrator=orchestrator)
             assert caught.value.reason == "IN_TRAINING"
             assert set(await list_adapters(serving.adapters)) == {("demo", 1), ("demo", 2)}
+            assert await command(serving, "push", adapter, "--no-activate", orchestrator=orchestrator) == 0
+            assert await active(serving) == ("demo", 2)
+
+    with_two_versions(scenario, "demo")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-activate",)])
+@pytest.mark.parametrize("owner", ["demo", "pushed"])
+def test_the_next_version_of_a_run_that_is_being_trained_is_left_to_it(
+    adapter: str, owner: str, options: tuple[str, ...]
+) -> None:
+    async def scenario(serving: Serving) -> None:
+        words = ("push", adapter, "--run-id", "demo", *options)
+        async with orchestrating(demo="RUNNING") as orchestrator:
+            with pytest.raises(FailedPreconditionError, match=r"demo is being trained.*--take") as caught:
+                await command(serving, *words, orchestrator=orchestrator)
+            assert caught.value.reason == "IN_TRAINING"
+            assert set(await list_adapters(serving.adapters)) == {(owner, 1), (owner, 2)}
+            assert await command(serving, *words, "--take", orchestrator=orchestrator) == 0
+
+    with_two_versions(scenario, owner)
+
+
+@pytest.mark.parametrize("state", ["SUCCEEDED", "FAILED", "CANCELLED", None])
+def test_a_run_that_has_ended_or_is_not_known_can_be_pushed_to(
+    adapter: str, state: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(serving: Serving) -> None:
+        async with orchestrating(**({"demo": state} if state else {})) as orchestrator:
+            assert await command(serving, "push", adapter, "--run-id", "demo", orchestrator=orchestrator) == 0
+        assert await active(serving) == ("demo", 3)
+
+    with_two_versions(scenario, "demo")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_without_an_orchestrator_to_ask_a_run_is_pushed_to_with_a_warning(
+    adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(serving: Serving) -> None:
+        assert await command(serving, "push", adapter, "--run-id", "demo") == 0
+        assert await active(serving) == ("demo", 3)
+        assert await command(serving, "push", adapter, "--no-activate") == 0
+
+    with_two_versions(scenario, "demo")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "whether run demo is being trained" in warnings[0] and "--orchestrator" in warnings[0]
+
+
+def test_a_push_beside_a_later_attempt_of_the_run_needs_its_epoch(adapter: str) -> None:
+    async def scenario(serving: Serving) -> None:
+        await serving.service._parts.fence.admit("demo", 3)
+        words = ("push", adapter, "--run-id", "demo", "--take")
+        with pytest.raises(AbortedError, match=r"older than 3.*--epoch") as caught:
+            await command(serving, *words, "--no-activate")
+        assert caught.value.reason == "STALE_EPOCH"
+        assert await command(serving, *words, "--epoch", "3") == 0
+        assert await active(serving) == ("demo", 3)
 
     with_two_versions(scenario, "demo")
 
 
 @pytest.mark.parametrize("state", ["SUCCEEDED", "FAILED", "CANCELLED", None])
-def test_a_run_that_has_ended_or_is_not_known_is_not_in_the_way(state: str | None) -> None:
+def test_a_run_that_has_ended_or_is_not_known_is_switched(state: str | None) -> None:
     async def scenario(serving: Serving) -> None:
         async with orchestrating(**({"demo": state} if state else {})) as orchestrator:
             assert await command(serving, "activate", "demo", "1", orchestrator=orchestrator) == 0
             assert await active(serving) == ("demo", 1)
+
+    with_two_versions(scenario, "demo")
+
+
+def test_an_orchestrator_that_does_not_know_the_owner_says_nothing_about_it() -> None:
+    async def scenario(serving: Serving) -> None:
+        await push_fakes(serving.adapters, "pushed", [1])
+        async with orchestrating(other="RUNNING") as orchestrator:
+            with pytest.raises(FailedPreconditionError, match=r"does not know it.*--orchestrator") as caught:
+                await command(serving, "activate", "pushed", "1", orchestrator=orchestrator)
+            assert caught.value.reason == "OWNER_UNKNOWN"
+            assert await active(serving) == ("demo", 2)
+            assert await command(serving, "activate", "pushed", "1", "--take", orchestrator=orchestrator) == 0
 
     with_two_versions(scenario, "demo")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from tests.rpc.scripted_server import serving_in_thread
 from tests.rpc.test_client_calls import ScriptedReward, answer
-from tether import Client, InvalidArgumentError, NotFoundError, ScoreItem, UnavailableError
+from tether import Client, InvalidArgumentError, NotFoundError, RewardClient, ScoreItem, TetherError, UnavailableError
 from tether.v1 import reward_pb2
 
 
@@ -73,6 +75,36 @@ def test_closing_ends_the_thread_and_later_calls_say_so() -> None:
     assert threading.active_count() == before
     with pytest.raises(InvalidArgumentError, match="CLIENT_CLOSED"):
         client.score("a", "b")
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_closing_ends_the_calls_of_other_threads(is_gone: bool) -> None:
+    """Those that wait for a service to come back, and those that it works on."""
+
+    async def sleep(call: int) -> None:
+        await asyncio.sleep(30)
+
+    with serving_in_thread(ScriptedReward(sleep).add) as target:
+        client = Client(reward="127.0.0.1:1" if is_gone else target)
+        client._service(RewardClient)._has_answered = True
+        errors: list[TetherError] = []
+
+        def score() -> None:
+            try:
+                client.score("a", "b")
+            except TetherError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=score, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        began = time.monotonic()
+        client.close()
+        for thread in threads:
+            thread.join(3)
+        assert time.monotonic() - began < 2
+        assert [error.reason for error in errors] == ["CLIENT_CLOSED"] * 3
 
 
 def test_a_program_that_forgets_to_close_still_ends_quietly() -> None:

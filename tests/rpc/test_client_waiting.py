@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio
 
 import tether.channel
 from tests.rpc.scripted_server import serving
 from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer, fail_first
-from tether import DeadlineExceededError, RewardClient, UnavailableError
+from tether import DeadlineExceededError, FailedPreconditionError, RewardClient, UnavailableError
 from tether.breaker import BREAKER_OPEN
+from tether_services.local.deployment import free_ports
 
 
 @pytest.mark.parametrize("retries", [True, False])
@@ -87,14 +91,84 @@ def test_a_service_that_answers_that_it_is_starting_is_asked_again(refusals: int
 
 def test_an_open_breaker_is_not_waited_for() -> None:
     servicer = ScriptedReward(fail_first(1000, UnavailableError("away")))
+    health = aio.HealthServicer()
+
+    def add_health(server: grpc.aio.Server) -> None:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
 
     async def run() -> None:
-        async with serving(servicer.add) as target, RewardClient(target, breaker=True) as client:
+        await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        async with serving(servicer.add, add_health) as target, RewardClient(target, breaker=True) as client:
             client._has_answered = True
             began = time.monotonic()
             with pytest.raises(UnavailableError) as caught:
                 await client.score([ITEM], timeout_seconds=30)
             assert caught.value.reason == BREAKER_OPEN
             assert time.monotonic() - began < 10
+
+    asyncio.run(run())
+
+
+def test_a_short_deadline_that_ran_out_leaves_the_waiting_on_for_other_calls() -> None:
+    async def run() -> None:
+        (port,) = free_ports(1)
+        async with serving(ScriptedReward(answer).add, port=port) as target:
+            client = RewardClient(target)
+            await client.score([ITEM])
+        with pytest.raises((UnavailableError, DeadlineExceededError)):
+            await client.score([ITEM], timeout_seconds=0.7)
+        call = asyncio.create_task(client.score([ITEM], timeout_seconds=30))
+        await asyncio.sleep(tether.channel.UNKNOWN_SECONDS + 1.5)
+        async with serving(ScriptedReward(answer).add, port=port), client:
+            assert (await call).scores[0].score == 14.0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("reason", ["ENGINE_FAILED", "ADAPTER_MISSING"])
+def test_a_service_that_states_that_it_is_not_there_is_asked_ever_more_rarely(reason: str) -> None:
+    """And not again where only a push helps. Each try is three calls, as gRPC repeats it."""
+    servicer = ScriptedReward(fail_first(1000, UnavailableError("not now", reason=reason)))
+
+    async def run() -> None:
+        async with serving(servicer.add) as target, RewardClient(target) as client:
+            client._has_answered = True
+            began = time.monotonic()
+            with pytest.raises(UnavailableError, match=reason):
+                await client.score([ITEM], timeout_seconds=12)
+            assert (time.monotonic() - began < 3) is (reason == "ADAPTER_MISSING")
+            assert client._has_answered
+
+    asyncio.run(run())
+    assert servicer.calls == 3 if reason == "ADAPTER_MISSING" else 9 <= servicer.calls <= 18
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_closing_a_client_ends_the_calls_that_wait_for_the_service(stated: bool) -> None:
+    """Whether the service says that it is not there or is gone."""
+    servicer = ScriptedReward(fail_first(1000, UnavailableError("not now")))
+
+    async def run() -> None:
+        async with serving(servicer.add) as target:
+            address = target if stated else "127.0.0.1:1"
+            client = RewardClient(address)
+            client._has_answered = True
+            waiting = asyncio.Event()
+            comes_back = client._comes_back
+
+            async def note(give_up: float, pause: float) -> bool:
+                waiting.set()
+                return await comes_back(give_up, max(pause, 3.0))
+
+            client._comes_back = note  # type: ignore[method-assign]
+            calls = [asyncio.create_task(client.score([ITEM])) for _ in range(3)]
+            await waiting.wait()
+            await asyncio.sleep(1.5)
+            began = time.monotonic()
+            await client.close()
+            for call in calls:
+                with pytest.raises(FailedPreconditionError, match="CLIENT_CLOSED"):
+                    await asyncio.wait_for(call, 5)
+            assert time.monotonic() - began < 1
 
     asyncio.run(run())

@@ -110,6 +110,30 @@ def test_a_stream_at_its_deadline_is_opened_again() -> None:
     assert all(remaining < 1.3 for remaining in servicer.remaining)
 
 
+@pytest.mark.parametrize("by_deadline", [False, True])
+def test_a_stream_that_ends_right_after_a_rollback_is_opened_at_the_first_step_made_again(by_deadline: bool) -> None:
+    rolled_back = orchestrator_pb2.Run()
+    rolled_back.CopyFrom(RUNNING)
+    rolled_back.rollbacks.add(from_step=4, to_step=1)
+
+    async def script(stream: int, first_step: int) -> AsyncIterator[orchestrator_pb2.WatchRunResponse]:
+        if stream > 1:
+            async for event in whole_run(stream, first_step):
+                yield event
+            return
+        for number in range(4):
+            yield step(number)
+        yield run_event(RUNNING)
+        yield run_event(rolled_back)
+        if not by_deadline:
+            raise UnavailableError("draining")
+        await asyncio.sleep(60)
+
+    events, servicer = watch(script, stream_seconds=0.5)
+    assert steps(events) == [0, 1, 2, 3, 1, 2, 3]
+    assert servicer.first_steps == [0, 1]
+
+
 def test_a_watch_gives_up_when_nothing_arrives_any_more() -> None:
     async def script(stream: int, first_step: int) -> AsyncIterator[orchestrator_pb2.WatchRunResponse]:
         if stream == 1:

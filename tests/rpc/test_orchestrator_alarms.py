@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 from tests.rpc.run_world import World, world
 from tests.rpc.serving import run
 from tether.errors import FailedPreconditionError
+from tether_services.orchestrator import worker
 from tether_services.orchestrator.alarms import RollbackDueError
+from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.loop import run_step, run_training
 from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.report import build_report
 from tether_services.orchestrator.report_page import render_page
+from tether_services.orchestrator.report_writing import try_to_report
 from tether_services.orchestrator.session import Session
 from tether_services.orchestrator.worker import ROLLED_BACK_EXIT_CODE, run_attempt
 
@@ -147,6 +151,32 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_when_the_newest_is_damaged(tmp
     run(scenario(), timeout_seconds=120)
 
 
+def test_no_step_is_taken_back_for_an_earlier_checkpoint_that_is_damaged(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            first = w.new_run(extra="evaluation = false")
+            async with w.session(first) as session:
+                await run_step(session, 0)
+                await run_step(session, 1)
+            w.ledger.finish(first, RunState.FAILED, error="killed")
+            damaged = first.directory / "checkpoints" / "000001-e1" / "weights.safetensors"
+            content = bytearray(damaged.read_bytes())
+            content[len(content) // 2] ^= 1
+            damaged.write_bytes(content)
+            for act in (
+                lambda: w.ledger.begin_attempt("demo", from_step=1),
+                lambda: w.ledger.request_rollback("demo"),
+            ):
+                with pytest.raises(FailedPreconditionError, match=r"It can go back to 0, 2 \(0") as caught:
+                    act()
+                assert caught.value.reason == "CHECKPOINT_DAMAGED"
+            async with w.session(w.ledger.begin_attempt("demo", from_step=2)) as session:
+                await run_training(session)
+            assert w.ledger.get_run("demo").num_committed_steps == 3
+
+    run(scenario(), timeout_seconds=120)
+
+
 def test_a_run_that_begins_anew_serves_the_base_before_its_first_prompt(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
@@ -175,5 +205,31 @@ def test_the_worker_makes_way_for_a_rollback_that_was_asked_for(tmp_path: Path) 
             run_ = w.ledger.get_run("demo")
             assert (run_.state, run_.rollback_to) == (RunState.RUNNING, 0), "the supervisor begins the next attempt"
             assert run_.num_committed_steps < 3
+
+    run(scenario(), timeout_seconds=120)
+
+
+def test_a_rollback_that_comes_while_the_report_is_written_is_made_by_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path) as w:
+            first = w.new_run(extra="evaluation = false")
+
+            def report_late(ledger: Ledger, run_id: str, *, state: RunState, error: str) -> None:
+                try_to_report(ledger, run_id, state=state, error=error)
+                if ledger.get_run(run_id).epoch == 1:
+                    ledger.request_rollback(run_id, to_step=2)
+
+            monkeypatch.setattr(worker, "try_to_report", report_late)
+            assert await run_attempt(w.services.settings, w.ledger, first) == ROLLED_BACK_EXIT_CODE
+            assert w.ledger.get_run("demo").state is RunState.RUNNING
+            second = w.ledger.restart_attempt(first, reason="RollbackRun", max_restarts=0)
+            assert second is not None
+            assert await run_attempt(w.services.settings, w.ledger, second) == 0
+            ended = w.ledger.get_run("demo")
+            assert (ended.state, ended.num_committed_steps, ended.branch) == (RunState.SUCCEEDED, 3, 1)
+            written = json.loads((first.directory / "report.json").read_text())
+            assert (written["state"], written["attempts"], len(written["rollbacks"])) == ("SUCCEEDED", 2, 1)
 
     run(scenario(), timeout_seconds=120)

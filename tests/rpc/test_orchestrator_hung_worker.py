@@ -61,7 +61,8 @@ def test_a_step_that_is_slow_and_gets_on_is_left_alone_also_after_a_cancellation
     tmp_path: Path, cancelled: bool
 ) -> None:
     async def scenario() -> None:
-        async with world(tmp_path, steps=2, cancel_seconds=0.6, **QUICK) as w:
+        settings = QUICK | {"hang_seconds": 1.2, "cancel_seconds": 1.2}  # a step takes 2 s
+        async with world(tmp_path, steps=2, **settings) as w:
             await w.started("works-1")
             if cancelled:
                 await w.client.cancel_run("works-1")

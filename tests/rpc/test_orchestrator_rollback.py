@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from pathlib import Path
 
@@ -30,6 +31,12 @@ async def cancelled(w: World, run_id: str, *, steps: int) -> Run:
     return await w.end_of(run_id)
 
 
+def reported_steps(ended: Run) -> int | None:
+    """Return how many steps the report of a run tells of; None before there is one."""
+    report = Path(ended.directory, "report.json")
+    return len(json.loads(report.read_text())["steps"]) if report.exists() else None
+
+
 def figure(served: Served, name: str, **labels: str) -> float:
     value = served.registry.get_sample_value(name, labels)
     assert value is not None
@@ -45,6 +52,8 @@ def test_a_run_that_has_ended_goes_on_from_where_it_was_rolled_back_to(tmp_path:
             assert (rolled_back.state, rolled_back.committed_step_count) == ("cancelled", 1)
             (rollback,) = rolled_back.rollbacks
             assert (rollback.from_step, rollback.to_step, rollback.reason) == (steps, 1, "RollbackRun")
+            while reported_steps(ended) != 1:
+                await asyncio.sleep(0.02)
             await w.client.resume_run("keeps-1")
             done = await w.end_of("keeps-1")
             assert (done.state, done.committed_step_count) == ("succeeded", 6)
@@ -153,7 +162,7 @@ def test_a_repeated_rollback_takes_back_no_second_step(tmp_path: Path) -> None:
 
 def test_a_rollback_that_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with world(tmp_path, steps=3) as w:
+        async with world(tmp_path, steps=9) as w:
             await w.client.start_run("steps-1", w.toml)
             await w.end_of("steps-1")
             with pytest.raises(FailedPreconditionError) as caught:

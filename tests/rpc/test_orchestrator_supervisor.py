@@ -302,3 +302,21 @@ def test_a_wrong_count_of_committed_steps_is_corrected_at_the_start(tmp_path: Pa
     assert ledger.get_run("demo").num_committed_steps == 2
     ledger.close()
     lock.close()
+
+
+@pytest.mark.parametrize("changed", [{"auto_resume": "off"}, {"max_restarts": 0}])
+def test_a_run_that_a_start_ends_is_counted_as_failed_and_has_its_report(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder = left_running(tmp_path).directory
+    folder.mkdir(exist_ok=True)
+
+    async def scenario() -> None:
+        async with world(tmp_path, **changed) as w:
+            assert (await w.client.get_run("steps-1")).state == "failed"
+            while w.served.value("tether_step_total", outcome="failed") == 0 or not (folder / "report.json").exists():
+                await asyncio.sleep(0.02)
+            assert w.served.value("tether_step_total", outcome="failed") == 1
+            assert w.served.value("tether_run_active") == 0
+
+    run(scenario())

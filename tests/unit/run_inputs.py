@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import pytest
 
 from tether.errors import InvalidArgumentError
 from tether.generator import Completion
+from tether_services.orchestrator.checkpoint_files import FORMAT, STATE_FILE, TENSOR_FILES
 from tether_services.orchestrator.config import RunConfig
 from tether_services.orchestrator.prompts import Prompt
-from tether_services.orchestrator.records import SampleCounts, SampleRow, StepOutcome, StepRecord
+from tether_services.orchestrator.records import CheckpointRow, SampleCounts, SampleRow, StepOutcome, StepRecord
 from tether_services.orchestrator.rollouts import ScoredSample
 from tether_services.orchestrator.run_config import parse_run_config
+from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.step_metrics import OPTIONAL_METRICS, STEP_METRICS
 
 
@@ -30,6 +34,20 @@ def write_model_folder(folder: Path) -> Path:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "model.safetensors").write_bytes(b"\0" * 16)
     return folder
+
+
+def write_checkpoint(run_directory: Path, version: int, epoch: int) -> CheckpointRow:
+    """Write a checkpoint that can be verified, though no trainer could load it, and return what the ledger keeps."""
+    files = RunFiles(run_directory)
+    folder = files.new_checkpoint(version, epoch)
+    folder.mkdir(parents=True)
+    hashes = {}
+    for name in TENSOR_FILES:
+        content = f"{name} of {version}".encode()
+        (folder / name).write_bytes(content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    (folder / STATE_FILE).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
+    return files.describe_checkpoint(folder, version)
 
 
 def write_prompts(path: Path, count: int = 12) -> Path:

@@ -193,6 +193,23 @@ def test_without_runs_the_message_names_the_option(tmp_path: Path) -> None:
         find_source("demo", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["runs#1", "a%41b", "q?mode=rwc", "r%zz&x"])
+def test_a_state_folder_may_have_any_name(state_dir: Path, name: str) -> None:
+    state_dir.rename(state_dir.parent / name)
+    before = sorted(state_dir.parent.rglob("*"))
+    found = find_source("demo", state_dir.parent / name)
+    assert found.folder == state_dir.parent / name / "demo/adapters/000002"
+    after = [path for path in state_dir.parent.rglob("*") if not path.name.endswith(("-wal", "-shm"))]
+    assert sorted(after) == before, "nothing is made beside it"
+
+
+def test_a_ledger_that_cannot_be_opened_is_named(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "ledger.sqlite")
+    with pytest.raises(FailedPreconditionError, match=r"gone/ledger\.sqlite cannot be read") as caught:
+        find_source("demo", state_dir / "gone")
+    assert caught.value.reason == "LEDGER_UNREADABLE"
+
+
 def test_another_base_than_that_of_the_run_is_refused(
     state_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,15 @@ def test_deterministic_services_make_a_batch_of_one_call_alone(engine: Engine) -
     assert (batch.max_items, batch.mix_calls) == (7, False)
 
 
+@pytest.mark.parametrize("part", [{"engine": "transformers", "path": "/x"}, {"engine": "rules", "function": "a:b"}])
+def test_reward_models_of_several_parts_are_deterministic_beside_fake_services_too(part: dict[str, str]) -> None:
+    parts = [{"name": "first", "engine": "fake"}, {"name": "second", **part}]
+    extra = {"reward": {"models": [{"name": "a", "components": parts}]}}
+    settings = resolve(LocalOptions(engine="fake", deterministic=True, settings=extra))
+    assert not settings["reward"].batch.mix_calls
+    assert settings["reference"].batch.mix_calls
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

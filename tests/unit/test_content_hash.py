@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tether.errors import InvalidArgumentError, NotFoundError
-from tether_services.runtime.content_hash import hash_file, hash_model_folder, hash_tokenizer
+from tether_services.runtime.content_hash import CHUNK_BYTES, hash_file, hash_model_folder, hash_tokenizer
 
 CONTENT = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two"}
 
@@ -21,6 +21,13 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 def test_the_hash_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert hash_file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_whoever_hashes_can_follow_the_progress(tmp_path: Path) -> None:
+    pieces: list[int] = []
+    folder = write(tmp_path / "model", CONTENT | {"model-1.safetensors": bytes(5 * CHUNK_BYTES // 2)})
+    followed = hash_model_folder(folder, on_chunk=lambda: pieces.append(1))
+    assert (followed, len(pieces)) == (hash_model_folder(folder), 5), "3 of the large file, 1 of each of the others"
 
 
 def test_the_hash_of_a_folder_is_over_sorted_names_and_content_hashes(tmp_path: Path) -> None:

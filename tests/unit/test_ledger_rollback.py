@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from tests.unit.run_inputs import sample_rows, step_outcome, step_record
+from tests.unit.run_inputs import sample_rows, step_outcome, step_record, write_checkpoint
 from tether.errors import FailedPreconditionError, InternalError, InvalidArgumentError
+from tether_services.orchestrator.alarms import RollbackDueError
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.records import Attempt, CheckpointRow, RunState, StepNumbers
 from tether_services.runtime import history
@@ -22,7 +24,7 @@ def commit(ledger: Ledger, attempt: Attempt, *, checkpoint: bool = True, pushed:
     numbers = ledger.next_step(attempt.run_id)
     step, version = numbers.step, numbers.new_version
     ledger.record_samples(attempt, step, sample_rows(4, dropped=1, version=numbers.policy_version))
-    row = CheckpointRow(version, f"checkpoints/{version:06d}-e{attempt.epoch}", "c" * 64, 10) if checkpoint else None
+    row = write_checkpoint(attempt.directory, version, attempt.epoch) if checkpoint else None
     record = replace(step_record(step), policy_version=numbers.policy_version)
     ledger.commit_step(attempt, record, replace(step_outcome(step, trained=3, dropped=1), checkpoint=row))
     if pushed:
@@ -223,10 +225,11 @@ def test_a_cancelled_run_whose_worker_died_is_rolled_back_as_asked(tmp_path: Pat
 def test_a_rollback_asked_for_in_the_last_moments_is_not_lost(tmp_path: Path) -> None:
     ledger, attempt = begin(tmp_path, steps=3, total_steps=3)
     ledger.request_rollback("demo")
-    ledger.finish(attempt, RunState.SUCCEEDED)
-    run = ledger.get_run("demo")
-    assert (run.state, run.num_committed_steps) == (RunState.FAILED, 2)
-    assert "resume the run" in run.error
+    with pytest.raises(RollbackDueError):
+        ledger.finish(attempt, RunState.SUCCEEDED)
+    assert ledger.get_run("demo").state is RunState.PENDING, "nothing has changed"
+    assert ledger.restart_attempt(attempt, reason="it was asked for", max_restarts=0) is not None
+    assert ledger.get_run("demo").num_committed_steps == 2
 
 
 def test_of_two_rollbacks_the_further_one_is_made(tmp_path: Path) -> None:
@@ -263,6 +266,55 @@ def test_a_repeated_request_takes_nothing_back_twice(tmp_path: Path) -> None:
     assert caught.value.reason == "REQUEST_ID_REUSED"
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimiser.safetensors", "state.json"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_nothing_is_taken_back_for_a_checkpoint_that_cannot_be_loaded(tmp_path: Path, name: str, is_gone: bool) -> None:
+    ledger, attempt = begin(tmp_path, steps=4)
+    file = tmp_path / "demo" / "checkpoints" / "000002-e1" / name
+    if is_gone:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    refused: list[Callable[[], object]] = [
+        lambda: ledger.request_rollback("demo", to_step=2),
+        lambda: ledger.ask_rollback(attempt, to_step=2, reason="kl_max", most=3),
+        lambda: ledger.begin_attempt("demo", from_step=2),
+    ]
+    for number, act in enumerate(refused):
+        if number == 2:
+            fail(ledger, attempt)
+        with pytest.raises(FailedPreconditionError, match=r"go back to 0, 1, 3, 4 \(0") as caught:
+            act()
+        assert caught.value.reason == "CHECKPOINT_DAMAGED"
+    run = ledger.get_run("demo")
+    assert (run.num_committed_steps, run.branch, run.rollback_to, run.epoch) == (4, 0, None, 1)
+    assert query(tmp_path, "SELECT DISTINCT state FROM checkpoints") == [("durable",)]
+    assert ledger.request_rollback("demo", to_step=1).num_committed_steps == 1
+
+
+def test_the_id_of_a_request_stands_for_the_steps_that_it_named(tmp_path: Path) -> None:
+    ledger, attempt = begin(tmp_path, steps=4)
+    fail(ledger, attempt)
+    ids = [str(uuid4()), str(uuid4()), str(uuid4())]
+    answer = ledger.request_rollback("demo", to_step=3, request_id=ids[0])
+    assert ledger.request_rollback("demo", to_step=3, request_id=ids[0]) == answer
+    ledger.request_rollback("demo", request_id=ids[1])
+    ledger.begin_attempt("demo", from_step=2, request_id=ids[2])
+    assert ledger.find_answer(ids[2], method="ResumeRun", run_id="demo", argument=2) is not None
+    others: list[Callable[[], object]] = [
+        lambda: ledger.request_rollback("demo", to_step=1, request_id=ids[0]),
+        lambda: ledger.request_rollback("demo", request_id=ids[0]),
+        lambda: ledger.request_rollback("demo", to_step=2, request_id=ids[1]),
+        lambda: ledger.find_answer(ids[2], method="ResumeRun", run_id="demo", argument=1),
+        lambda: ledger.find_answer(ids[2], method="ResumeRun", run_id="demo"),
+    ]
+    for act in others:
+        with pytest.raises(InvalidArgumentError) as caught:
+            act()
+        assert caught.value.reason == "REQUEST_ID_REUSED"
+    assert ledger.get_run("demo").num_committed_steps == 2
+
+
 def test_alarms_roll_back_a_limited_number_of_times_between_two_starts_by_hand(tmp_path: Path) -> None:
     ledger, attempt = begin(tmp_path, steps=3)
     for _ in range(2):
@@ -271,11 +323,23 @@ def test_alarms_roll_back_a_limited_number_of_times_between_two_starts_by_hand(t
         assert following is not None
         attempt = following
         commit(ledger, attempt)
-    with pytest.raises(FailedPreconditionError, match=r"kl_max.*2 times already") as caught:
+    with pytest.raises(FailedPreconditionError, match="2 times already") as caught:
         ledger.ask_rollback(attempt, to_step=1, reason="kl_max", most=2)
     assert caught.value.reason == "ALARM"
     fail(ledger, attempt)
+    again = ledger.begin_attempt("demo", by_hand=False)
+    with pytest.raises(FailedPreconditionError, match="2 times already"):
+        ledger.ask_rollback(again, to_step=1, reason="kl_max", most=2)
+    fail(ledger, again)
     ledger.ask_rollback(ledger.begin_attempt("demo"), to_step=1, reason="kl_max", most=2)
+
+
+def test_an_alarm_without_a_committed_step_to_take_back_is_not_answered_by_the_same_step(tmp_path: Path) -> None:
+    ledger, attempt = begin(tmp_path, steps=0)
+    with pytest.raises(FailedPreconditionError, match="no committed step could be taken back") as caught:
+        ledger.ask_rollback(attempt, to_step=0, reason="kl_max", most=3)
+    assert caught.value.reason == "ALARM"
+    assert ledger.get_run("demo").rollback_to is None
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:

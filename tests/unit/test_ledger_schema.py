@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.run_inputs import sample_rows, step_outcome, step_record
+from tests.unit.run_inputs import sample_rows, step_outcome, step_record, write_checkpoint
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.ledger_schema import FROM_1_TO_2, SCHEMA_VERSION, VERSION_1
@@ -121,6 +121,7 @@ def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
 def write_version_2(folder: Path) -> None:
     """Write a failed run of two steps as the program of version 2 did: the push of the second one is open."""
     write_version_1(folder, steps=2, checkpoints=())
+    rows = [write_checkpoint(folder / "old", version, epoch=2) for version in (1, 2)]
     with sqlite3.connect(folder / "ledger.sqlite") as connection:
         for statement in FROM_1_TO_2:
             connection.execute(statement)
@@ -131,7 +132,7 @@ def write_version_2(folder: Path) -> None:
         )
         connection.executemany(
             "INSERT INTO checkpoints VALUES ('old', ?, 2, ?, ?, 10, 'durable', 1.75)",
-            [(version, f"checkpoints/{version:06d}-e2", "c" * 64) for version in (1, 2)],
+            [(row.version, row.path, row.sha256) for row in rows],
         )
         connection.execute("INSERT INTO samples VALUES ('old', 1, 0, 2, 'p', 1, 'a', 8, 'trained', '')")
         connection.execute("PRAGMA user_version = 2")

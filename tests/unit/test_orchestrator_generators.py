@@ -22,7 +22,7 @@ from tether_services.orchestrator.remote import (
 )
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.session import show_lagging
-from tether_services.orchestrator.supervisor import read_lagging
+from tether_services.orchestrator.worker_states import read_lagging
 from tether_services.runtime.settings import describe_settings, load_settings
 
 TOML = """

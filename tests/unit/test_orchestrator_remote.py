@@ -24,7 +24,7 @@ from tether_services.orchestrator.remote import BREAKERS_FILE, SERVICE_NAMES, Br
 from tether_services.orchestrator.retrying import MAX_BACKOFF_SECONDS, RetryBudget, RetryPolicy
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.orchestrator.session import show_breakers
-from tether_services.orchestrator.supervisor import read_breakers
+from tether_services.orchestrator.worker_states import read_breakers
 
 
 def fails_then_answers(*errors: TetherError) -> tuple[Callable[[object], Awaitable[str]], list[float]]:

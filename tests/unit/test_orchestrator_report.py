@@ -18,7 +18,7 @@ from tests.unit.run_inputs import run_toml, scored_sample, step_record
 from tether.errors import FailedPreconditionError
 from tether_services.orchestrator.evaluation import Evaluation, summarise_evaluation
 from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.records import RunState
+from tether_services.orchestrator.records import Attempt, RunState
 from tether_services.orchestrator.report import build_report, gain_in_sd, write_report
 from tether_services.orchestrator.report_charts import draw_charts
 from tether_services.orchestrator.rollouts import Rollout
@@ -101,6 +101,24 @@ def test_a_report_holds_what_is_promised(tmp_path: Path) -> None:
     assert report["config"]["trainer"]["learning_rate"] == 1e-3
     assert report["config"]["ppo"]["gamma"] == 1.0
     assert "torch" in report["versions"]
+
+
+@pytest.mark.parametrize(("steps", "version"), [(2, 2), (3, 2)])
+def test_an_evaluation_of_another_policy_than_the_last_is_left_out(tmp_path: Path, steps: int, version: int) -> None:
+    ledger, run_id = finished_run(tmp_path, steps=steps)
+    files = RunFiles(ledger.directory(run_id))
+    files.write_json("evaluation_after.json", asdict(evaluation(version=version, shift=2.0)))
+    report = build_report(ledger, run_id, state=RunState.FAILED, error="")
+    assert [report[name] for name in ("after", "gain_in_sd", "kl_per_response", "kl_per_64_tokens")] == [None] * 4
+
+
+def test_the_wall_time_of_an_ended_run_ends_with_it(tmp_path: Path) -> None:
+    ledger, run_id = finished_run(tmp_path)
+    ledger.finish(Attempt(run_id, 1, ledger.directory(run_id)), RunState.SUCCEEDED)
+    run = ledger.get_run(run_id)
+    assert run.end_time is not None
+    report = build_report(ledger, run_id, state=RunState.SUCCEEDED, error="")
+    assert report["wall_seconds"] == run.end_time - run.create_time
 
 
 @pytest.mark.parametrize("reason", ["wrong_run", "wrong_version", "wrong_adapter"])

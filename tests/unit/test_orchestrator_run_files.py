@@ -14,6 +14,8 @@ from tether_services.orchestrator.records import CheckpointRow
 from tether_services.orchestrator.run_files import RunFiles
 from tether_services.runtime.durable import remove_directory, write_directory, write_text
 
+CONFIG = b"{}"
+
 
 def filled(folder: Path, *versions: int, epoch: int = 1) -> tuple[RunFiles, list[CheckpointRow]]:
     """Return the folder of a run with checkpoints and adapters of these versions, and what the ledger says of them."""
@@ -21,7 +23,8 @@ def filled(folder: Path, *versions: int, epoch: int = 1) -> tuple[RunFiles, list
     for version in versions:
         checkpoint = files.new_checkpoint(version, epoch)
         write_directory(checkpoint, {"state.json": f"state {version}".encode(), "weights": b"w" * version})
-        write_directory(files.adapter(version), {"adapter_model.safetensors": f"adapter {version}".encode()})
+        weights = f"adapter {version}".encode()
+        write_directory(files.adapter(version), {"adapter_model.safetensors": weights, "adapter_config.json": CONFIG})
         rows.append(files.describe_checkpoint(checkpoint, version))
     return files, rows
 
@@ -102,23 +105,24 @@ def test_files_that_are_not_versions_stay(tmp_path: Path) -> None:
 
 def test_an_older_export_makes_way(tmp_path: Path) -> None:
     files, _ = filled(tmp_path, 1)
-    assert not files.make_way(1).exists()
+    assert not files.make_way(1, config=CONFIG).exists()
 
 
 def test_the_committed_adapter_does_not_make_way(tmp_path: Path) -> None:
     files, _ = filled(tmp_path, 1)
     before = (files.adapter(1) / "adapter_model.safetensors").stat()
-    assert files.make_way(1, committed_sha256=sha256("adapter 1")) == files.adapter(1)
+    assert files.make_way(1, config=CONFIG, committed_sha256=sha256("adapter 1")) == files.adapter(1)
     after = (files.adapter(1) / "adapter_model.safetensors").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 @pytest.mark.parametrize("content", ["adapter 2", None])
-def test_a_damaged_copy_of_the_committed_adapter_makes_way(tmp_path: Path, content: str | None) -> None:
+def test_a_damaged_copy_of_the_committed_adapter_makes_way(tmp_path: Path, name: str, content: str | None) -> None:
     files, _ = filled(tmp_path, 1)
-    weights = files.adapter(1) / "adapter_model.safetensors"
-    weights.unlink() if content is None else weights.write_text(content)
-    assert not files.make_way(1, committed_sha256=sha256("adapter 1")).exists()
+    file = files.adapter(1) / name
+    file.unlink() if content is None else file.write_text(content)
+    assert not files.make_way(1, config=CONFIG, committed_sha256=sha256("adapter 1")).exists()
 
 
 def test_json_is_read_back_and_absent_json_is_none(tmp_path: Path) -> None:

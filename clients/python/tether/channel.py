@@ -43,7 +43,11 @@ AWAY_SECONDS: Final = 60.0
 UNKNOWN_SECONDS: Final = 3.0
 """The same for one that has not: it may be the wrong address."""
 PAUSE_SECONDS: Final = 0.2
-"""Between the repeats of gRPC and the next ones at least."""
+"""Between the repeats of gRPC and the next ones at least; doubles while it is the service that says it is not there."""
+LAST_PAUSE_SECONDS: Final = 5.0
+"""Largest of these pauses."""
+NOT_WAITED_FOR: Final = (BREAKER_OPEN, "ADAPTER_MISSING")
+"""Reasons of UNAVAILABLE that end a call at once: a breaker has its own probe, an adapter somebody must push."""
 
 
 def service_config(*, retries: bool = True) -> dict[str, Any]:
@@ -97,13 +101,24 @@ def open_channel(target: str, *, retries: bool = True) -> grpc.aio.Channel:
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:
     """Return whether the service behind a channel says that it serves; one without health checks does if it answers."""
+    return await _check_health(channel) in (b"\x08\x01", grpc.StatusCode.UNIMPLEMENTED)  # field 1, status: SERVING
+
+
+async def answers(channel: grpc.aio.Channel) -> bool:
+    """Return whether a health check has any answer, also a refused connection; only a service that hangs has none.
+
+    What refuses connections is gone, so that the calls to it have ended, or drains, and they go on.
+    """
+    return await _check_health(channel) is not grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def _check_health(channel: grpc.aio.Channel) -> bytes | grpc.StatusCode:
     # An empty request asks for the whole process; read as bytes, it needs no further library.
     check: Callable[..., Awaitable[bytes]] = channel.unary_unary(HEALTH_METHOD)
     try:
-        answer = await check(b"", timeout=PROBE_TIMEOUT_SECONDS)
+        return await check(b"", timeout=PROBE_TIMEOUT_SECONDS)
     except grpc.aio.AioRpcError as error:
-        return error.code() is grpc.StatusCode.UNIMPLEMENTED
-    return answer == b"\x08\x01"  # field 1, status: SERVING
+        return error.code()
 
 
 def check_timeout(seconds: float) -> float:
@@ -148,7 +163,7 @@ class ServiceClient:
         self._retries = retries
         self._has_answered = False
         self._opened: grpc.aio.Channel | None = None
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,8 +174,8 @@ class ServiceClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls in flight are cancelled. A repeat does nothing."""
-        self._closed = True
+        """Close the channel; calls in flight are cancelled, those that wait for a service fail. Twice is once."""
+        self._closed.set()
         if self.breaker is not None:
             await self.breaker.close()
         if self._opened is not None:
@@ -168,11 +183,14 @@ class ServiceClient:
 
     @property
     def _channel(self) -> grpc.aio.Channel:
-        if self._closed:
-            raise FailedPreconditionError(f"The client of {self.target} is closed.", reason="CLIENT_CLOSED")
+        self._check_open()
         if self._opened is None:
             self._opened = open_channel(self.target, retries=self._retries)
         return self._opened
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise FailedPreconditionError(f"The client of {self.target} is closed.", reason="CLIENT_CLOSED")
 
     def _timeout(self, timeout_seconds: float | None) -> float:
         return self.timeout_seconds if timeout_seconds is None else check_timeout(timeout_seconds)
@@ -198,33 +216,53 @@ class ServiceClient:
         A service that has answered before is taken to be back soon, so that its restart costs no call.
         """
         timeout = self._timeout(timeout_seconds)
-        end, give_up = time.monotonic() + timeout, math.inf
+        end, give_up, pause = time.monotonic() + timeout, math.inf, PAUSE_SECONDS
         while True:
             left = max(end - time.monotonic(), 0.0)
             try:
                 response = await self._guarded(functools.partial(method, request, timeout=left), timeout)
             except UnavailableError as error:
-                patience = AWAY_SECONDS if self._has_answered else UNKNOWN_SECONDS
-                give_up = min(give_up, end, time.monotonic() + patience)
-                waits = self._retries and error.reason != BREAKER_OPEN
-                if not (waits and await self._comes_back(give_up)):
-                    self._has_answered = False
+                if not self._retries or error.reason in NOT_WAITED_FOR:
                     raise
+                patience = AWAY_SECONDS if self._has_answered else UNKNOWN_SECONDS
+                give_up = min(give_up, time.monotonic() + patience)
+                if not self._is_connected():
+                    pause = PAUSE_SECONDS
+                if not await self._comes_back(min(give_up, end), pause):
+                    self._has_answered = self._has_answered and end < give_up  # a short deadline tells nothing
+                    raise
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
             else:
                 self._has_answered = True
                 return response
 
-    async def _comes_back(self, give_up: float) -> bool:
-        """Wait until there is a connection, for a moment at least; return whether there is one before a time."""
-        left = give_up - time.monotonic() - PAUSE_SECONDS
-        if left <= 0:
+    def _is_connected(self) -> bool:
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def _comes_back(self, give_up: float, pause: float) -> bool:
+        """Return whether there is a connection before a time, after a pause; not if the pause alone takes longer.
+
+        Raises:
+            FailedPreconditionError: CLIENT_CLOSED, at once when the client is closed meanwhile.
+        """
+        left = give_up - time.monotonic()
+        if left <= pause:
             return False
-        await asyncio.sleep(PAUSE_SECONDS)
+
+        async def connect() -> None:
+            await asyncio.sleep(pause)
+            await self._channel.channel_ready()
+
+        connecting, closing = asyncio.create_task(connect()), asyncio.create_task(self._closed.wait())
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), left)
-        except TimeoutError:
-            return False
-        return True
+            await asyncio.wait((connecting, closing), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            is_there = connecting.done()
+        finally:
+            connecting.cancel()
+            closing.cancel()
+            await asyncio.gather(connecting, closing, return_exceptions=True)
+        self._check_open()
+        return is_there
 
     async def _upload(
         self,
@@ -250,6 +288,10 @@ class ServiceClient:
     async def is_serving(self) -> bool:
         """Return whether the service says that it serves; one that does not answer in a second does not."""
         return await is_serving(self._channel)
+
+    async def answers(self) -> bool:
+        """Return whether the service answers a health check within a second, whatever it says."""
+        return await answers(self._channel)
 
     async def _stream(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tether.channel import DEFAULT_TIMEOUT_SECONDS, ServiceClient
-from tether.errors import InvalidArgumentError
+from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether.generator import GeneratorClient
 from tether.orchestrator import OrchestratorClient, Run, StepEvent
 from tether.reference import ReferenceClient
@@ -71,6 +72,8 @@ class Client:
         self._services = {
             kind: kind(target, timeout_seconds=timeout_seconds) for kind, target in targets.items() if target
         }
+        self._is_closed = False
+        self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_ignore_shared_poller_noise)
         self._thread = threading.Thread(target=self._loop.run_forever, name="tether-client", daemon=True)
@@ -85,14 +88,25 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the channels and end the thread. A repeat does nothing."""
-        if self._loop.is_closed():
-            return
-        for service in self._services.values():
-            self._run(service.close())
+        """Close the channels and end the thread; calls of other threads fail with CLIENT_CLOSED. Twice is once."""
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            ending = asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end_calls(self) -> None:
+        """Close the services and end what still runs on the loop, so that nobody waits for it."""
+        for service in self._services.values():
+            await service.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     def score(
         self, prompt: str, response: str, *, model: str = "", version: str = "", timeout_seconds: float | None = None
@@ -147,12 +161,15 @@ class Client:
 
     def _run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Return the result of a coroutine run on the client's loop; an interrupt cancels it."""
-        if self._loop.is_closed():
-            work.close()
-            raise InvalidArgumentError("This client is closed.", reason="CLIENT_CLOSED")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:
+            if self._is_closed:
+                work.close()
+                raise InvalidArgumentError("This client is closed.", reason="CLIENT_CLOSED")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:  # only a close cancels what this thread has not interrupted
+            raise FailedPreconditionError("The client was closed during this call.", reason="CLIENT_CLOSED") from None
         except BaseException:  # an interruption too must leave nothing half-done
             future.cancel()
             raise

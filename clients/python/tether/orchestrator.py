@@ -293,7 +293,7 @@ class OrchestratorClient(ServiceClient):
                         next_step = event.step + 1
                         yield event
                     elif event != state:
-                        state = event
+                        next_step, state = _next_after(event, next_step, known=state), event
                         yield event
                 return
             except DeadlineExceededError:
@@ -303,6 +303,12 @@ class OrchestratorClient(ServiceClient):
                 if failures == WATCH_ATTEMPTS:
                     raise
                 await asyncio.sleep(0.2 * 2**failures)
+
+
+def _next_after(run: Run, next_step: int, *, known: Run | None) -> int:
+    """Return the step that a watcher needs next: one that was taken back is made again."""
+    rollbacks = () if known is None else run.rollbacks[len(known.rollbacks) :]
+    return min([next_step, *(rollback.to_step for rollback in rollbacks)])
 
 
 def _event(response: orchestrator_pb2.WatchRunResponse) -> StepEvent | Run:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tether.adapter import ADAPTER_FILES, AdapterClient, AdapterProbe, AdapterPush
 from tether.errors import InvalidArgumentError
-from tether_services.cli.adapter_lifecycle import PUSHED_RUN, activate, check_owner, list_stored, roll_back, switch
+from tether_services.cli.adapter_lifecycle import (
+    PUSHED_RUN,
+    activate,
+    check_owner,
+    check_untrained,
+    explaining_stale,
+    list_stored,
+    roll_back,
+    switch,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +47,8 @@ Push a LoRA adapter (PEFT) into a serving generator: the folder that `tether tra
 
 The generator verifies the files, loads the adapter and proves it: its log-probabilities of a few texts must be those
 that base and adapter give here. Requests in flight keep the version they began with. The adapter is then activated,
-unless --no-activate is given; under a run that is being trained on the generator only with --take.
+unless --no-activate is given; under a run that is being trained on the generator only with --take. A version of a run
+that is being trained is pushed only with --take as well.
 """
 EXPORT_DESCRIPTION = """\
 Write an adapter as a folder that transformers, PEFT and vLLM load: its two files, naming the base, or with --merged the
@@ -87,8 +97,7 @@ def _add_push(actions: Commands) -> None:
     inner.add_argument(
         "--activate", action=argparse.BooleanOptionalAction, default=True, help="serve it from now on (yes)"
     )
-    _add_generator(inner)
-    _add_take(inner)
+    _add_writer(inner)
     inner.set_defaults(run=push)
 
 
@@ -176,7 +185,9 @@ def push(known: argparse.Namespace) -> int:
 
     Raises:
         InvalidArgumentError: The folder holds no LoRA adapter, its base is not to be found, or the version is below 1.
-        FailedPreconditionError: The generator refused the adapter; the reason names the check.
+        FailedPreconditionError: The generator refused the adapter; the reason names the check. IN_TRAINING,
+            OWNER_UNKNOWN: a run would be disturbed; --take is not given.
+        AbortedError: Something else was activated meanwhile, or --epoch is not that of the run's present writer.
         TetherError: The generator cannot be reached; the narrowest class says why.
     """
     if known.policy_version is not None and known.policy_version < 1:
@@ -204,13 +215,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
     async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
-        if known.activate:
-            active = await client.get_active_adapter()
+        active = await client.get_active_adapter()
+        await check_untrained(known.run_id, take=known.take, orchestrator=known.orchestrator)
+        if known.activate and active.run_id != known.run_id:
             await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
         version = known.policy_version or await _choose_version(client, known.run_id, known.folder)
         # The generator is there; only now load the model, which takes long.
         declared = await asyncio.to_thread(_declare, known, config, version)
-        result = await client.push(known.folder, declared, epoch=EPOCH)
+        with explaining_stale():
+            result = await client.push(known.folder, declared, epoch=known.epoch)
         print(
             f"pushed as version {version} of run {known.run_id}; off by {result.mean_abs_dlogp:.2g} nats per token from"
             " base and adapter here",
@@ -218,7 +231,7 @@ async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
         )
         if known.activate:
             active = await client.get_active_adapter()
-            await switch(client, known.run_id, version, active=active, epoch=EPOCH)
+            await switch(client, known.run_id, version, active=active, epoch=known.epoch)
     print(version)
     return 0
 

@@ -100,15 +100,16 @@ def _read_run(ledger: Path, run_id: str) -> tuple[str, str, list[str]]:
     """Return base, hash of the base, and hashes of the adapters of a run's committed steps in order."""
     from tether_services.orchestrator.run_config import parse_run_config
 
-    with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as connection:
-        try:
+    address = ledger.absolute().as_uri() + "?mode=ro"  # quoted: a folder may have any name
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as connection:
             run = connection.execute("SELECT config_toml, base_sha256 FROM runs WHERE run_id = ?", (run_id,)).fetchone()
             steps = connection.execute(
                 "SELECT adapter_sha256 FROM steps WHERE run_id = ? ORDER BY step", (run_id,)
             ).fetchall()
-        except sqlite3.OperationalError as error:
-            message = f"{ledger} cannot be read ({error}); start the orchestrator on it once"
-            raise FailedPreconditionError(message, field="state_dir", reason="LEDGER_UNREADABLE") from error
+    except sqlite3.DatabaseError as error:
+        message = f"{ledger} cannot be read ({error}); start the orchestrator on it once"
+        raise FailedPreconditionError(message, field="state_dir", reason="LEDGER_UNREADABLE") from error
     if run is None:
         raise InvalidArgumentError(f"{run_id!r} is neither a folder nor a run of {ledger.parent}", field="source")
     return str(parse_run_config(run[0]).model), run[1], [row[0] for row in steps]

@@ -7,12 +7,24 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tether.adapter import ActiveAdapter, Adapter, AdapterClient
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError, TetherError
 from tether.orchestrator import FINAL_STATES, OrchestratorClient
 
-__all__ = ["PUSHED_RUN", "activate", "check_owner", "describe_active", "list_stored", "roll_back", "switch"]
+__all__ = [
+    "PUSHED_RUN",
+    "activate",
+    "check_owner",
+    "check_untrained",
+    "describe_active",
+    "explaining_stale",
+    "list_stored",
+    "roll_back",
+    "switch",
+]
 
 PUSHED_RUN = "pushed"
 """The run that adapters belong to which no training run pushed."""
@@ -89,12 +101,10 @@ async def _roll_back(known: argparse.Namespace) -> int:
             message = f"run {known.run_id} is not what is served; {describe_active(active)} is"
             raise FailedPreconditionError(message, field="run_id", reason="RUN_NOT_ACTIVE")
         await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
-        try:
+        with explaining_stale():
             version = await client.rollback(
                 known.run_id, expected_policy_version=active.policy_version, epoch=known.epoch
             )
-        except AbortedError as error:
-            raise _explain(error) from None
     print(f"active; {describe_active(active)} was served before", file=sys.stderr)
     print(version)
     return 0
@@ -102,7 +112,7 @@ async def _roll_back(known: argparse.Namespace) -> int:
 
 async def switch(client: AdapterClient, run_id: str, version: int, *, active: ActiveAdapter, epoch: int) -> None:
     """Have new requests use a version; what was served before is named on stderr."""
-    try:
+    with explaining_stale():
         await client.activate(
             run_id,
             version,
@@ -110,8 +120,6 @@ async def switch(client: AdapterClient, run_id: str, version: int, *, active: Ac
             expected_policy_version=active.policy_version,
             epoch=epoch,
         )
-    except AbortedError as error:
-        raise _explain(error) from None
     print(f"active; {describe_active(active)} was served before", file=sys.stderr)
 
 
@@ -142,25 +150,79 @@ async def check_owner(active: ActiveAdapter, run_id: str, *, take: bool, orchest
     if active.run_id in ("", PUSHED_RUN) or take:
         return
     try:
-        async with OrchestratorClient(orchestrator, timeout_seconds=ASK_SECONDS, retries=False) as client:
-            run = await client.get_run(active.run_id)
-    except NotFoundError:
-        return
+        training = await _is_trained(active.run_id, orchestrator)
     except TetherError as error:
+        unknown = isinstance(error, NotFoundError)
+        if unknown and active.run_id == run_id:
+            return
         message = (
             f"run {active.run_id} owns the generator, and the orchestrator that would know whether it is being trained"
-            f" does not answer ({error.message})."
+            f" {'does not know it' if unknown else 'does not answer'} ({error.message})."
         )
         if active.run_id == run_id:
             print(f"warning: {message} If it is, it takes its own version back with its next step", file=sys.stderr)
             return
         message += " Name it with --orchestrator, or give --take if it is not"
         raise FailedPreconditionError(message, field="take", reason="OWNER_UNKNOWN") from None
-    if run.state in FINAL_STATES:
+    if not training:
         return
     own = "takes its own version back with its next step" if active.run_id == run_id else "fails then: it has lost it"
     message = f"run {active.run_id} is being trained on this generator and {own}. Give --take to switch all the same"
     raise FailedPreconditionError(message, field="take", reason="IN_TRAINING")
+
+
+async def check_untrained(run_id: str, *, take: bool, orchestrator: str) -> None:
+    """Refuse to push a version of a run that is being trained, unless told to: the run fails when it comes to that one.
+
+    Where that cannot be found out, there is a warning; a run that the orchestrator does not know is not trained there.
+
+    Args:
+        run_id: The run whose version is to be pushed.
+        take: Told to.
+        orchestrator: host:port of whom to ask about it.
+
+    Raises:
+        FailedPreconditionError: IN_TRAINING.
+    """
+    if run_id == PUSHED_RUN or take:
+        return
+    try:
+        if not await _is_trained(run_id, orchestrator):
+            return
+    except NotFoundError:
+        return
+    except TetherError as error:
+        print(
+            f"warning: the orchestrator that would know whether run {run_id} is being trained does not answer"
+            f" ({error.message}). If it is, it fails when it comes to this version; name it with --orchestrator",
+            file=sys.stderr,
+        )
+        return
+    message = (
+        f"run {run_id} is being trained and fails when it comes to a version that it has not made. Push under another"
+        " --run-id, or give --take to push all the same"
+    )
+    raise FailedPreconditionError(message, field="take", reason="IN_TRAINING")
+
+
+async def _is_trained(run_id: str, orchestrator: str) -> bool:
+    """Return whether a run is being trained.
+
+    Raises:
+        NotFoundError: The orchestrator does not know it.
+        TetherError: The orchestrator does not answer.
+    """
+    async with OrchestratorClient(orchestrator, timeout_seconds=ASK_SECONDS, retries=False) as client:
+        return (await client.get_run(run_id)).state not in FINAL_STATES
+
+
+@contextmanager
+def explaining_stale() -> Iterator[None]:
+    """Say the way out where a writer with a higher epoch was there."""
+    try:
+        yield
+    except AbortedError as error:
+        raise _explain(error) from None
 
 
 def _explain(error: AbortedError) -> AbortedError:

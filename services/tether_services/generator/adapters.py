@@ -307,7 +307,7 @@ class AdapterRegistry:
     async def settle(self) -> None:
         """Wait until every retired version without requests is gone, or the engine has refused a few times."""
         while self._disposals:
-            await asyncio.gather(*self._disposals, return_exceptions=True)
+            await asyncio.wait(set(self._disposals))  # gather would cancel them with a caller that leaves
 
     def _retire_old(self) -> None:
         """Retire what is neither active nor among the newest versions (in order of commit) of the newest runs."""

@@ -41,6 +41,7 @@ from tether_services.generator.verification import (
     refuse,
 )
 from tether_services.runtime.fault_points import reach
+from tether_services.runtime.history import record
 from tether_services.runtime.logging import log_event
 
 log = logging.getLogger(__name__)
@@ -69,17 +70,38 @@ class AdapterPushes:
             TetherError: Whatever `Fence.admit` and `Uploads.begin` refuse.
         """
         await self._fence.admit(declaration.run_id, epoch)
+        stored = self._find_stored(declaration)
+        if stored is None:
+            upload = await self._begin_upload(declaration, epoch)
+            stored = self._find_stored_since(upload, declaration)
+            if stored is None:
+                record("pushing", run=declaration.run_id, policy_version=declaration.policy_version)
+                return upload.upload_id, *await upload.open_stream()
+        return stored.upload_id, 0, declaration.size_bytes
+
+    def _find_stored(self, declaration: Declaration) -> AdapterVersion | None:
+        """Return the version of the same content; refuse what contradicts a stored one."""
         for version in self._registry.all():
             if version.retiring:
                 continue
             if version.declaration.same_content(declaration):
-                return version.upload_id, 0, declaration.size_bytes
+                return version
             if version.declaration.request_id == declaration.request_id:
                 raise InvalidArgumentError("This request_id was used for another adapter.", field="request_id")
             if version.declaration.key == declaration.key:
                 raise _version_exists(declaration)
-        upload = await self._begin_upload(declaration, epoch)
-        return upload.upload_id, *await upload.open_stream()
+        return None
+
+    def _find_stored_since(self, upload: Upload, declaration: Declaration) -> AdapterVersion | None:
+        """Look again after the wait for room; where the version was committed meanwhile, the upload is dropped."""
+        needed = False
+        try:
+            stored = self._find_stored(declaration)
+            needed = stored is None
+        finally:
+            if not (needed or upload.committing):
+                self._uploads.forget(upload)
+        return stored
 
     async def _begin_upload(self, declaration: Declaration, epoch: int) -> Upload:
         """Begin, at the cost of versions of runs that neither are active nor push now."""

@@ -376,9 +376,9 @@ class Uploads:
             removal.add_done_callback(self._removals.discard)
 
     async def settle(self) -> None:
-        """Wait until the staged bytes of everything that was dropped are gone."""
+        """Wait until the staged bytes of everything that was dropped are gone. They go also if the caller leaves."""
         while self._removals:
-            await asyncio.gather(*self._removals)
+            await asyncio.wait(set(self._removals))  # gather would cancel them, and who else waits for them, with it
 
     def expire(self) -> None:
         """Drop what has received nothing for long."""

@@ -230,7 +230,8 @@ def _separate_calls(chosen: Mapping[str, dict[str, Any]]) -> None:
         if batch.get("mix_calls"):
             message = "batch.mix_calls = true contradicts it: leave that out."
             raise InvalidArgumentError(f"{name}: {message}", field="deterministic", reason="INVALID_CONFIG")
-        if chosen[name].get("engine") != "fake":  # which computes each call on its own in any case
+        # The fake engine computes each call on its own in any case; models of the reward service have others.
+        if "models" in chosen[name] or chosen[name].get("engine") != "fake":
             chosen[name]["batch"] = {**batch, "mix_calls": False}
 
 

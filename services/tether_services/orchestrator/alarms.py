@@ -72,11 +72,15 @@ def _find_low_entropy(limits: AlarmConfig, now: Mapping[str, float]) -> Alarm | 
 def _find_score_drop(
     limits: AlarmConfig, recent: Sequence[Mapping[str, float]], now: Mapping[str, float]
 ) -> Alarm | None:
-    """Compare the mean score with that of recent steps, in standard deviations of the scores within a step."""
+    """Compare the mean score with that of recent steps, in standard deviations of the scores within a step.
+
+    These are the usual ones, or that of the step itself where it is larger: where scores hardly vary, as of a reward at
+    its maximum, every other score would raise an alarm.
+    """
     if limits.score_drop is None or len(recent) < _FEWEST_STEPS:
         return None
     usual = statistics.fmean(step["score_mean"] for step in recent)
-    deviation = statistics.fmean(step["score_std"] for step in recent)
+    deviation = max(statistics.fmean(step["score_std"] for step in recent), now.get("score_std", 0.0))
     value = now.get("score_mean", float("nan"))
     if value >= usual - limits.score_drop * deviation:
         return None

@@ -196,9 +196,10 @@ class AlarmConfig(Settings):
     action: Literal["stop", "rollback"] = "stop"
     """`stop` fails the run, `rollback` takes its last steps back and goes on with other samples."""
     rollback_steps: int = Field(default=1, ge=1, le=999)
-    """Committed steps that a rollback takes back, beside the one with the alarm, 1 to 999, below `keep_checkpoints`."""
+    """Committed steps that a rollback takes back, beside the one with the alarm, 1 to 999."""
     max_rollbacks: int = Field(default=3, ge=1, le=1000)
-    """An alarm after so many rollbacks fails the run; ResumeRun begins to count anew, 1 to 1000."""
+    """An alarm after so many rollbacks fails the run; ResumeRun begins to count anew, 1 to 1000. A run keeps
+    `rollback_steps` checkpoints for each and one more."""
 
     @property
     def is_set(self) -> bool:

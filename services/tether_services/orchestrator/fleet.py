@@ -313,7 +313,7 @@ class Fleet:
         """Wait before a generator is tried again and return the failures in a row: 0 for one that was away."""
         note_try()
         if await member.is_serving():
-            await asyncio.sleep(min(2.0**failures, MAX_BACKOFF_SECONDS))
+            await asyncio.sleep(min(2.0 ** min(failures, 10), MAX_BACKOFF_SECONDS))
             return failures + 1
         while not await member.is_serving():
             note_try()

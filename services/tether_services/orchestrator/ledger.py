@@ -9,27 +9,16 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tether.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from tether_services.orchestrator import ledger_rollback, ledger_runs, ledger_schema, ledger_steps
-from tether_services.orchestrator.lease import Lease, boot_clock_ns, boot_id, own_holder
+from tether_services.orchestrator.alarms import RollbackDueError
+from tether_services.orchestrator.lease import boot_clock_ns
 from tether_services.orchestrator.ledger_file import LedgerFile
-from tether_services.orchestrator.ledger_reading import LedgerReader
-from tether_services.orchestrator.records import (
-    RESUMABLE_STATES,
-    Attempt,
-    CheckpointRow,
-    Rollback,
-    RunIdentity,
-    RunRecord,
-    RunState,
-    SampleRow,
-    StepOutcome,
-    StepRecord,
-)
-from tether_services.runtime.fault_points import reach
+from tether_services.orchestrator.ledger_writing import LedgerWriter
+from tether_services.orchestrator.records import RESUMABLE_STATES, Attempt, Rollback, RunRecord, RunState
 from tether_services.runtime.history import record as record_history
 
 __all__ = ["Ledger"]
@@ -38,7 +27,7 @@ BUSY_SECONDS = 10.0
 """How long a transaction waits for one of another process unless told otherwise."""
 
 
-class Ledger(LedgerReader):
+class Ledger(LedgerWriter):
     """Runs and steps in `<state_dir>/ledger.sqlite`. Safe to use from several threads and processes."""
 
     def __init__(
@@ -56,9 +45,9 @@ class Ledger(LedgerReader):
         """
         state_dir = state_dir.resolve()
         state_dir.mkdir(parents=True, exist_ok=True)
-        super().__init__(state_dir, LedgerFile(state_dir / "ledger.sqlite", busy_seconds=busy_seconds))
-        self._clock_ns = clock_ns
-        self._leases: dict[str, Lease] = {}
+        super().__init__(
+            state_dir, LedgerFile(state_dir / "ledger.sqlite", busy_seconds=busy_seconds), clock_ns=clock_ns
+        )
         try:
             with self._file.write() as connection:
                 ledger_schema.prepare(connection, self.state_dir)
@@ -91,20 +80,25 @@ class Ledger(LedgerReader):
                 ) from error
         return Attempt(run_id, 1, self.directory(run_id))
 
-    def begin_attempt(self, run_id: str, *, request_id: str = "", from_step: int | None = None) -> Attempt:
+    def begin_attempt(
+        self, run_id: str, *, request_id: str = "", from_step: int | None = None, by_hand: bool = True
+    ) -> Attempt:
         """Put a failed or cancelled run back to PENDING under a new epoch and return the attempt.
 
         Args:
             run_id: The run.
             request_id: Kept with the answer, see `find_answer`; empty: not.
             from_step: Committed steps that stay, the others are rolled back first; None: all.
+            by_hand: Whether somebody asked for it: only then the rollbacks by alarms are counted anew.
 
         Raises:
             NotFoundError: There is no such run.
             InvalidArgumentError: It does not have so many steps.
             FailedPreconditionError: It runs or has succeeded (RUN_NOT_RESUMABLE), another is active (RUN_ACTIVE), or
-                the checkpoint of that step is gone (CHECKPOINT_REMOVED).
+                the checkpoint of that step is gone (CHECKPOINT_REMOVED) or damaged (CHECKPOINT_DAMAGED).
         """
+        if from_step is not None:
+            self.verify_checkpoint(run_id, from_step, field="from_step")
         with self._file.write() as connection:
             run = ledger_runs.get_run(connection, run_id)
             if run.state not in RESUMABLE_STATES:
@@ -116,9 +110,10 @@ class Ledger(LedgerReader):
                 ledger_rollback.check_way_back(connection, run, from_step, field="from_step")
                 rollback = ledger_rollback.roll_back(connection, run, from_step, reason="ResumeRun")
             attempt = self._next_attempt(connection, run, restarts=0)
-            connection.execute("UPDATE runs SET alarm_rollbacks = 0 WHERE run_id = ?", (run_id,))
+            if by_hand:
+                connection.execute("UPDATE runs SET alarm_rollbacks = 0 WHERE run_id = ?", (run_id,))
             begun = ledger_runs.get_run(connection, run_id)
-            ledger_runs.remember_answer(connection, request_id, "ResumeRun", begun)
+            ledger_runs.remember_answer(connection, request_id, "ResumeRun", begun, argument=from_step)
         _note(run, rollback)
         return attempt
 
@@ -163,117 +158,6 @@ class Ledger(LedgerReader):
         )
         return Attempt(run.run_id, run.epoch + 1, self.directory(run.run_id))
 
-    def acquire_lease(self, attempt: Attempt, *, seconds: float) -> Lease:
-        """Make this process the one writer of a run and return its lease; from now on each write checks it.
-
-        Raises:
-            AbortedError: The attempt is over (STALE_EPOCH), or another process holds the lease (LEASE_HELD).
-        """
-        with self._file.write() as connection:
-            ledger_runs.check_epoch(connection, attempt)
-            now = self._clock_ns()
-            lease = Lease(attempt.run_id, attempt.epoch, own_holder(), boot_id(), now + int(seconds * 1e9))
-            ledger_runs.put_lease(connection, lease, now_ns=now)
-        self._leases[attempt.run_id] = lease
-        return lease
-
-    def renew_lease(self, lease: Lease, *, seconds: float) -> Lease:
-        """Return the lease, valid for some more time; one that expired and that nobody took is valid again.
-
-        Raises:
-            AbortedError: LEASE_LOST.
-        """
-        expires_ns = self._clock_ns() + int(seconds * 1e9)
-        with self._file.write() as connection:
-            ledger_runs.check_lease(connection, lease.run_id, lease)
-            connection.execute("UPDATE leases SET expires_ns = ? WHERE run_id = ?", (expires_ns, lease.run_id))
-        return Lease(lease.run_id, lease.epoch, lease.holder, lease.boot_id, expires_ns)
-
-    def mark_running(self, attempt: Attempt) -> None:
-        """Say that the worker of this attempt is training.
-
-        Raises:
-            AbortedError: The attempt is over (STALE_EPOCH), or another process has the run (LEASE_LOST).
-        """
-        with self._file.write() as connection:
-            self._check_writer(connection, attempt)
-            connection.execute("UPDATE runs SET state = ? WHERE run_id = ?", (RunState.RUNNING.value, attempt.run_id))
-
-    def pin_identity(self, attempt: Attempt, identity: RunIdentity) -> None:
-        """Keep the hashes of what a run works with at its first attempt, and compare them at later ones.
-
-        Raises:
-            AbortedError: See `mark_running`.
-            FailedPreconditionError: BASE_CHANGED, REWARD_MODEL_CHANGED or PROMPTS_CHANGED, with both hashes.
-        """
-        with self._file.write() as connection:
-            self._check_writer(connection, attempt)
-            ledger_runs.pin(connection, attempt.run_id, identity)
-
-    def record_samples(self, attempt: Attempt, step: int, rows: Sequence[SampleRow]) -> None:
-        """Record the completions of a rollout before the update that learns from them.
-
-        Raises:
-            AbortedError: See `mark_running`; or this attempt has recorded samples of the step (LEDGER_CONFLICT).
-        """
-        with self._file.write() as connection:
-            self._check_writer(connection, attempt)
-            ledger_steps.add_samples(connection, attempt, step, rows)
-
-    def record_abandoned(self, attempt: Attempt, step: int, rows: Sequence[SampleRow]) -> None:
-        """Record the completions of a rollout of which none will be trained on: it failed.
-
-        Raises:
-            AbortedError: See `mark_running`; or some of these rows are there already (LEDGER_CONFLICT).
-        """
-        with self._file.write() as connection:
-            self._check_writer(connection, attempt)
-            ledger_steps.add_samples(connection, attempt, step, rows, abandoned=True)
-
-    def commit_step(self, attempt: Attempt, record: StepRecord, outcome: StepOutcome | None = None) -> None:
-        """Commit a step in one transaction: its figures, that its samples are trained on, and its checkpoint.
-
-        The version that it made, see `next_step`, is in use once `record_push` says so.
-
-        Raises:
-            AbortedError: See `mark_running`; or the step is not the next one (STEP_OUT_OF_ORDER).
-            InternalError: The samples do not add up (SAMPLES_UNACCOUNTED).
-        """
-        with self._file.write() as connection:
-            run = self._check_writer(connection, attempt)
-            ledger_steps.insert_step(connection, run, record, outcome or StepOutcome())
-            reach("commit.open")
-
-    def record_push(self, attempt: Attempt, version: int, figures: Mapping[str, float]) -> None:
-        """Say that the generator serves a version, and add the figures of the push to the step that made it.
-
-        Raises:
-            AbortedError: See `mark_running`; or no committed step made the version (PUSH_NOT_COMMITTED).
-        """
-        with self._file.write() as connection:
-            run = self._check_writer(connection, attempt)
-            ledger_steps.record_push(connection, run, version, figures)
-
-    def retain_checkpoints(
-        self, attempt: Attempt, *, count: int, hours: float | None = None, at_least: int = 1
-    ) -> list[CheckpointRow]:
-        """Mark all but the newest checkpoints as removed, and return those that stay, newest first.
-
-        Args:
-            attempt: Of the run.
-            count: How many stay at most.
-            hours: None older than this stays, but the newest always; None: no limit.
-            at_least: How many of the newest stay however old they are.
-
-        Raises:
-            AbortedError: See `mark_running`.
-        """
-        with self._file.write() as connection:
-            self._check_writer(connection, attempt)
-            return ledger_steps.retain_checkpoints(
-                connection, attempt.run_id, count=count, hours=hours, at_least=at_least
-            )
-
     def finish(self, attempt: Attempt, state: RunState, *, error: str = "", interrupted: bool = False) -> bool:
         """End an attempt; return False, changing nothing, if it is over already.
 
@@ -287,6 +171,7 @@ class Ledger(LedgerReader):
 
         Raises:
             TetherError: It could not be recorded: see `Ledger`.
+            RollbackDueError: It would have succeeded, but is to be rolled back: another attempt follows.
         """
         try:
             ended = self._finish(attempt, state, error=error, interrupted=interrupted)
@@ -304,9 +189,9 @@ class Ledger(LedgerReader):
                 return False
             if attempt.run_id in self._leases:  # the service, which takes none, ends what it has seen dead
                 ledger_runs.check_lease(connection, attempt.run_id, self._leases[attempt.run_id])
+            if run.rollback_to is not None and state is RunState.SUCCEEDED:  # asked for while it wrote its report
+                raise RollbackDueError("RollbackRun was called")
             rollback = ledger_rollback.settle(connection, run)
-            if rollback is not None and state is RunState.SUCCEEDED:  # asked for while it wrote its report
-                state, error = RunState.FAILED, f"[ROLLED_BACK] {rollback.to_step} steps stay; resume the run to go on"
             self._end(connection, run, state, error=error, interrupted=interrupted)
         _note(run, rollback)
         return True
@@ -332,34 +217,22 @@ class Ledger(LedgerReader):
             InvalidArgumentError: It has no such steps, or REQUEST_ID_REUSED: it was another request.
             NotFoundError: There is no such run.
             FailedPreconditionError: It has succeeded (RUN_ENDED), or the checkpoint of that step is gone
-                (CHECKPOINT_REMOVED).
+                (CHECKPOINT_REMOVED) or damaged (CHECKPOINT_DAMAGED).
         """
+        answered = self.find_answer(request_id, method="RollbackRun", run_id=run_id, argument=to_step)
+        if answered is not None:
+            return answered
+        stay = self.get_run(run_id).num_committed_steps - 1 if to_step is None else to_step
+        self.verify_checkpoint(run_id, stay, field="to_step")
         with self._file.write() as connection:
-            answered = ledger_runs.find_answer(connection, request_id, "RollbackRun", run_id)
+            answered = ledger_runs.find_answer(connection, request_id, "RollbackRun", run_id, argument=to_step)
             if answered is not None:
                 return answered
             rollback = ledger_rollback.request(connection, ledger_runs.get_run(connection, run_id), to_step)
             run = ledger_runs.get_run(connection, run_id)
-            ledger_runs.remember_answer(connection, request_id, "RollbackRun", run)
+            ledger_runs.remember_answer(connection, request_id, "RollbackRun", run, argument=to_step)
         _note(run, rollback)
         return run
-
-    def ask_rollback(self, attempt: Attempt, *, to_step: int, reason: str, most: int) -> None:
-        """Have a run rolled back for an alarm once its worker, the caller, has stopped.
-
-        Args:
-            attempt: Of the caller.
-            to_step: Committed steps that stay.
-            reason: Which alarm it is for.
-            most: How often that may be done without anybody resuming the run.
-
-        Raises:
-            AbortedError: See `mark_running`.
-            FailedPreconditionError: CHECKPOINT_REMOVED, or ALARM: it was done so often already.
-        """
-        with self._file.write() as connection:
-            run = self._check_writer(connection, attempt)
-            ledger_rollback.ask_for_alarm(connection, run, to_step, reason=reason, most=most)
 
     def request_cancel(self, run_id: str, *, request_id: str = "") -> RunRecord:
         """Ask the worker of an active run to stop and return the run; a repeat changes nothing.
@@ -386,9 +259,6 @@ class Ledger(LedgerReader):
         """Correct the counts of committed steps that differ from the steps there are."""
         with self._file.write() as connection:
             ledger_steps.recount(connection)
-
-    def _check_writer(self, connection: sqlite3.Connection, attempt: Attempt) -> RunRecord:
-        return ledger_runs.check_writer(connection, attempt, self._leases.get(attempt.run_id))
 
 
 def _note(run: RunRecord, rollback: Rollback | None) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tether.errors import FailedPreconditionError, TetherError
 from tether_services.orchestrator import ledger_rollback, ledger_runs, ledger_steps
+from tether_services.orchestrator.checkpoint_files import verify_tensors
 from tether_services.orchestrator.lease import Lease
 from tether_services.orchestrator.ledger_file import LedgerFile
 from tether_services.orchestrator.records import Rollback, RunRecord, StepNumbers, StepRecord, StepState
+from tether_services.orchestrator.run_files import RunFiles
 
 __all__ = ["LedgerReader"]
 
@@ -28,14 +31,16 @@ class LedgerReader:
         with self._file.read() as connection:
             return ledger_runs.read_lease(connection, run_id)
 
-    def find_answer(self, request_id: str, *, method: str, run_id: str) -> RunRecord | None:
+    def find_answer(
+        self, request_id: str, *, method: str, run_id: str, argument: int | None = None
+    ) -> RunRecord | None:
         """Return the run as a request of that id was answered; None if there was none, or the id is empty.
 
         Raises:
             InvalidArgumentError: REQUEST_ID_REUSED: it was another request.
         """
         with self._file.read() as connection:
-            return ledger_runs.find_answer(connection, request_id, method, run_id)
+            return ledger_runs.find_answer(connection, request_id, method, run_id, argument=argument)
 
     def get_run(self, run_id: str) -> RunRecord:
         """Return a run.
@@ -116,3 +121,35 @@ class LedgerReader:
         """Return the numbers of steps that a run can be rolled back to: 0, and those whose checkpoint is kept."""
         with self._file.read() as connection:
             return ledger_rollback.list_ways_back(connection, run_id)
+
+    def verify_checkpoint(self, run_id: str, to_step: int, *, field: str) -> None:
+        """Refuse to go back to a number of steps whose checkpoint could not be loaded: what is newer would be lost.
+
+        A number without a checkpoint in the ledger is left to `ledger_rollback.check_way_back`. The files are read
+        outside of any transaction, since that can take long.
+
+        Args:
+            run_id: The run.
+            to_step: Steps that are to stay.
+            field: Name of that in the request.
+
+        Raises:
+            FailedPreconditionError: CHECKPOINT_DAMAGED: files are missing or damaged; names the other ways back.
+        """
+        states = self.list_states(run_id, first_step=to_step - 1, limit=1) if to_step > 0 else []
+        row = states[0].checkpoint if states else None
+        if row is None:
+            return
+        try:
+            verify_tensors(RunFiles(self.directory(run_id)).find_checkpoint(row))
+        except (TetherError, OSError) as error:
+            ways = self.list_ways_back(run_id)
+            if to_step not in ways:  # removed meanwhile
+                return
+            others = ", ".join(str(way) for way in ways if way != to_step)
+            why = error.message.rstrip(".") if isinstance(error, TetherError) else error
+            message = (
+                f"The checkpoint of run {run_id!r} after {to_step} steps cannot be loaded: {why}."
+                f" Nothing was taken back. It can go back to {others} (0: begin anew)."
+            )
+            raise FailedPreconditionError(message, field=field, reason="CHECKPOINT_DAMAGED") from error

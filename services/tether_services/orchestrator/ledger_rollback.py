@@ -87,13 +87,16 @@ def ask_for_alarm(connection: sqlite3.Connection, run: RunRecord, to_step: int, 
     """Have a run rolled back for an alarm once its worker has stopped, and count that.
 
     Raises:
-        FailedPreconditionError: ALARM: it was done `most` times already; or see `check_way_back`.
+        FailedPreconditionError: ALARM: it was done `most` times already, or no committed step would be taken back, so
+            that the same step would follow; or see `check_way_back`.
     """
     query = "SELECT alarm_rollbacks FROM runs WHERE run_id = ?"
     (rolled_back,) = connection.execute(query, (run.run_id,)).fetchone()
     if rolled_back >= most:
-        message = f"{reason}; the run was rolled back {rolled_back} times already"
+        message = f"alarms have rolled the run back {rolled_back} times already (alarms.max_rollbacks)"
         raise FailedPreconditionError(message, reason="ALARM")
+    if to_step >= run.num_committed_steps:
+        raise FailedPreconditionError("no committed step could be taken back", reason="ALARM")
     check_way_back(connection, run, to_step, field="alarms.rollback_steps")
     _ask(connection, run, to_step, reason=reason)
     connection.execute("UPDATE runs SET alarm_rollbacks = alarm_rollbacks + 1 WHERE run_id = ?", (run.run_id,))

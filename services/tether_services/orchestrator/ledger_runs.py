@@ -185,8 +185,17 @@ def _is_over(lease: Lease, now_ns: int) -> bool:
     return lease.boot_id != boot_id() or lease.expires_ns <= now_ns or not is_alive(lease)
 
 
-def find_answer(connection: sqlite3.Connection, request_id: str, method: str, run_id: str) -> RunRecord | None:
+def find_answer(
+    connection: sqlite3.Connection, request_id: str, method: str, run_id: str, *, argument: int | None = None
+) -> RunRecord | None:
     """Return what a request was answered with; None if there was none of that id, or the id is empty.
+
+    Args:
+        connection: To read with.
+        request_id: Of the request.
+        method: That was called.
+        run_id: Of the run that it was called for.
+        argument: What else it was called with: the steps that stay.
 
     Raises:
         InvalidArgumentError: REQUEST_ID_REUSED: it was another request.
@@ -199,16 +208,22 @@ def find_answer(connection: sqlite3.Connection, request_id: str, method: str, ru
         message = f"This request_id was used for {row[0]} of run {row[1]!r}; every request needs a new one."
         raise InvalidArgumentError(message, field="request_id", reason="REQUEST_ID_REUSED")
     answer = json.loads(row[2])
+    before = answer.pop("argument", argument)  # files of earlier programs have none
+    if before != argument:
+        message = f"This request_id was used for {method} with other steps to stay; every request needs a new one."
+        raise InvalidArgumentError(message, field="request_id", reason="REQUEST_ID_REUSED")
     return RunRecord(**answer | {"state": RunState(answer["state"])})
 
 
-def remember_answer(connection: sqlite3.Connection, request_id: str, method: str, run: RunRecord) -> None:
+def remember_answer(
+    connection: sqlite3.Connection, request_id: str, method: str, run: RunRecord, *, argument: int | None = None
+) -> None:
     """Keep the answer to a request, in the transaction of its effect; an empty id is not remembered."""
     if not request_id:
         return
     now = time.time()
     connection.execute("DELETE FROM requests WHERE time < ?", (now - KEPT_ANSWER_SECONDS,))
-    answer = json.dumps(asdict(run) | {"state": run.state.value})
+    answer = json.dumps(asdict(run) | {"state": run.state.value, "argument": argument})
     connection.execute(
         "INSERT INTO requests (request_id, method, run_id, answer, time) VALUES (?, ?, ?, ?, ?)",
         (request_id, method, run.run_id, answer, now),

@@ -213,7 +213,8 @@ async def stop_at_alarm(session: Session, step: int, rollout: Rollout, update: U
 
     Raises:
         RollbackDueError: The run is rolled back, as its configuration says.
-        FailedPreconditionError: ALARM, with the figure and the way out.
+        FailedPreconditionError: ALARM, with the figure, why the run is not rolled back if it should be, and the way
+            out.
     """
     limits, attempt = session.config.alarms, session.attempt
     first = max(0, step - RECENT_STEPS)
@@ -232,7 +233,8 @@ async def stop_at_alarm(session: Session, step: int, rollout: Rollout, update: U
     try:
         await session.write(ask)
     except FailedPreconditionError as error:
-        raise FailedPreconditionError(f"{error.message}; {ALARM_WAY_OUT}", reason=error.reason) from error
+        message = f"{reason}; not rolled back: {error.message.rstrip('.')}; {ALARM_WAY_OUT}"
+        raise FailedPreconditionError(message, reason="ALARM") from error
     raise RollbackDueError(reason)
 
 

@@ -30,14 +30,15 @@ class Pulse:
     The deadline of a call leaves time for the work; this tells a server that works from one that does not.
     """
 
-    def __init__(self, is_serving: Callable[[], Awaitable[bool]], target: str) -> None:
+    def __init__(self, answers: Callable[[], Awaitable[bool]], target: str) -> None:
         """Watch nothing yet.
 
         Args:
-            is_serving: Tells whether the server says that it serves, within about a second; raises nothing.
+            answers: Tells within about a second whether the server answers, whatever it says: one that drains goes
+                on with its calls. Raises nothing.
             target: Its address, for errors.
         """
-        self._is_serving = is_serving
+        self._answers = answers
         self._target = target
         self._calls: set[asyncio.Task[Any]] = set()
         self._ended: set[asyncio.Task[Any]] = set()
@@ -78,7 +79,7 @@ class Pulse:
             await asyncio.sleep(LOOK_SECONDS)
             if not self._calls:
                 return
-            silent = 0 if await self._is_serving() else silent + 1
+            silent = 0 if await self._answers() else silent + 1
             if silent == SILENT_LOOKS:
                 self._ended |= self._calls
                 for task in self._calls:
@@ -95,7 +96,7 @@ class Member:
         """Of its last push."""
         self._generator = ports.generator
         self._check = check
-        self._pulse = Pulse(ports.generator.client.is_serving, ports.generator.client.target)
+        self._pulse = Pulse(ports.generator.client.answers, ports.generator.client.target)
         self._is_ours = False
 
     @property

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-__all__ = ["Signs", "note_try", "note_work", "read_signs", "unnoticed"]
+__all__ = ["Signs", "note_try", "note_while", "note_work", "read_signs", "unnoticed"]
+
+T = TypeVar("T")
+
+_SIGN_SECONDS = 5.0
+"""Between the signs that are given for somebody else."""
 
 
 class Signs(NamedTuple):
@@ -35,6 +42,19 @@ def note_try() -> None:
     global _signs
     if _counts.get():
         _signs = Signs(_signs.work, _signs.tries + 1)
+
+
+async def note_while(work: Awaitable[T], *, seconds: float) -> T:
+    """Return the result of something that gives no signs itself; tries are noted for it, for `seconds` at most."""
+    task, end = asyncio.ensure_future(work), time.monotonic() + seconds
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=_SIGN_SECONDS)
+            if time.monotonic() < end:
+                note_try()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def read_signs() -> Signs:

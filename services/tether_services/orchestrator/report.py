@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.records import RunState, StepRecord
+from tether_services.orchestrator.records import RunRecord, RunState, StepRecord
 from tether_services.orchestrator.report_page import render_page
 from tether_services.orchestrator.run_config import parse_run_config
 from tether_services.orchestrator.run_files import RunFiles
@@ -37,14 +37,14 @@ def build_report(ledger: Ledger, run_id: str, *, state: RunState, error: str) ->
     run = ledger.get_run(run_id)
     files = RunFiles(ledger.directory(run_id))
     steps = _all_steps(ledger, run_id)
-    before, after = files.read_json("evaluation_before.json"), files.read_json("evaluation_after.json")
+    before, after = files.read_json("evaluation_before.json"), _evaluation_after(files, run, steps)
     account = _account(steps)
     return {
         "run_id": run_id,
         "state": state.value,
         "error": error,
         "attempts": run.epoch,
-        "wall_seconds": time.time() - run.create_time,
+        "wall_seconds": (run.end_time or time.time()) - run.create_time,
         "gain_in_sd": gain_in_sd(before, after),
         "kl_per_response": after["kl_per_response"] if after else None,
         "kl_per_64_tokens": after["kl_per_64_tokens"] if after else None,
@@ -59,6 +59,14 @@ def build_report(ledger: Ledger, run_id: str, *, state: RunState, error: str) ->
         "versions": library_versions(),
         "steps": [_step(step) for step in steps],
     }
+
+
+def _evaluation_after(files: RunFiles, run: RunRecord, steps: Sequence[StepRecord]) -> dict[str, Any] | None:
+    """Return the evaluation of the policy that the run ended with; one made before a rollback is of another."""
+    after = files.read_json("evaluation_after.json")
+    if after is None or len(steps) < run.num_total_steps or after["policy_version"] != steps[-1].new_version:
+        return None
+    return dict(after)
 
 
 def gain_in_sd(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> float | None:

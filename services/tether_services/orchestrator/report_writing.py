@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.records import FINAL_STATES, RunRecord, RunState
 from tether_services.orchestrator.run_files import RunFiles
 
-__all__ = ["complete_reports", "try_to_report"]
+__all__ = ["complete_report", "complete_reports", "try_to_report"]
 
 log = logging.getLogger(__name__)
+
+_completing = threading.Lock()
+"""So that a report that takes long never replaces one that was begun later."""
 
 
 def try_to_report(ledger: Ledger, run_id: str, *, state: RunState, error: str) -> None:
@@ -24,16 +28,30 @@ def try_to_report(ledger: Ledger, run_id: str, *, state: RunState, error: str) -
 
 
 def complete_reports(ledger: Ledger) -> None:
-    """Write the reports of ended runs that lack one of their end: the disk was full, or the worker was killed."""
+    """Write the reports of ended runs that lack one of their end, see `complete_report`."""
     for run in ledger.list_runs():
-        if run.state in FINAL_STATES and ledger.directory(run.run_id).is_dir() and not _is_reported(ledger, run):
-            try_to_report(ledger, run.run_id, state=run.state, error=run.error)
+        if run.state in FINAL_STATES:
+            complete_report(ledger, run.run_id)
+
+
+def complete_report(ledger: Ledger, run_id: str) -> None:
+    """Write the report of a run that has ended, if it has none of how it is now.
+
+    The disk was full, the worker was killed, or steps were rolled back since.
+    """
+    with _completing:
+        run = ledger.get_run(run_id)
+        if run.state in FINAL_STATES and ledger.directory(run_id).is_dir() and not _is_reported(ledger, run):
+            try_to_report(ledger, run_id, state=run.state, error=run.error)
 
 
 def _is_reported(ledger: Ledger, run: RunRecord) -> bool:
-    """Return whether the report of a run is of its latest attempt and end."""
+    """Return whether the report of a run is of its latest attempt and end, and of the steps that stayed."""
     try:
         report = RunFiles(ledger.directory(run.run_id)).read_json("report.json")
     except (ValueError, OSError):
         return False
-    return report is not None and (report.get("state"), report.get("attempts")) == (run.state.value, run.epoch)
+    if report is None:
+        return False
+    told = (report.get("state"), report.get("attempts"), len(report.get("rollbacks", ())))
+    return told == (run.state.value, run.epoch, run.branch)

@@ -17,6 +17,7 @@ __all__ = ["RunFiles"]
 _KINDS = ("checkpoints", "adapters")
 _STATE_FILE = "state.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
+_CONFIG_FILE = "adapter_config.json"
 
 
 class RunFiles:
@@ -65,18 +66,18 @@ class RunFiles:
         """Return the folder of an exported adapter."""
         return self.directory / "adapters" / f"{policy_version:06d}"
 
-    def make_way(self, policy_version: int, *, committed_sha256: str = "") -> Path:
+    def make_way(self, policy_version: int, *, config: bytes, committed_sha256: str = "") -> Path:
         """Return the folder of an adapter that is about to be exported.
 
-        An older export of it is removed, unless it is the committed one: that stays as it is.
+        An older export of it is removed, unless it is the committed one and whole: that stays as it is.
 
         Args:
             policy_version: Of the adapter.
+            config: Content of its configuration file.
             committed_sha256: Hash of its weights by the ledger; empty: it is not committed.
         """
         folder = self.adapter(policy_version)
-        weights = folder / _WEIGHTS_FILE
-        if not (committed_sha256 and weights.is_file() and _hash(weights) == committed_sha256):
+        if not (committed_sha256 and _holds(folder, committed_sha256, config)):
             remove_directory(folder)
         return folder
 
@@ -129,3 +130,11 @@ class RunFiles:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _holds(folder: Path, weights_sha256: str, config: bytes) -> bool:
+    """Return whether both files of an adapter are there and whole."""
+    try:
+        return _hash(folder / _WEIGHTS_FILE) == weights_sha256 and (folder / _CONFIG_FILE).read_bytes() == config
+    except OSError:
+        return False

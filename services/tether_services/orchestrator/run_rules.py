@@ -114,7 +114,6 @@ def find_contradictions(config: RunConfig) -> list[FieldViolation]:
         _check_sampler_range(config),
         _check_missing_eos(config),
         _check_pretraining(config),
-        _check_rollback(config),
         _check_mismatch(config),
     )
     return [violation for violation in found if violation is not None]
@@ -170,14 +169,6 @@ def _check_pretraining(config: RunConfig) -> FieldViolation | None:
     if config.ppo.ptx_coef == 0 or config.ppo.ptx_text:
         return None
     return FieldViolation("ppo.ptx_text", "needed with ppo.ptx_coef above 0: a file of pretraining text")
-
-
-def _check_rollback(config: RunConfig) -> FieldViolation | None:
-    """Refuse a rollback to a step whose checkpoint would be gone."""
-    if config.alarms.action == "stop" or config.alarms.rollback_steps < config.keep_checkpoints:
-        return None
-    description = f"{config.alarms.rollback_steps} steps back need as many checkpoints and one; raise keep_checkpoints"
-    return FieldViolation("alarms.rollback_steps", description)
 
 
 def _check_mismatch(config: RunConfig) -> FieldViolation | None:

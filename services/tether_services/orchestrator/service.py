@@ -147,7 +147,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 
     async def _resume(self, run_id: str, request_id: str, from_step: int | None) -> RunRecord:
         async with self._starting:  # of two calls of the same id the second finds the answer to the first
-            find = partial(self._ledger.find_answer, request_id, method="ResumeRun", run_id=run_id)
+            find = partial(self._ledger.find_answer, request_id, method="ResumeRun", run_id=run_id, argument=from_step)
             answered = await asyncio.to_thread(find)
             if answered is not None:
                 return answered
@@ -169,6 +169,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         run = await asyncio.to_thread(roll_back)
         if run.state in FINAL_STATES:  # else it is made, and shown, once the worker has stopped
             await self._show_rollbacks(before)
+            self._supervised.report(run.run_id)
         return pb.RollbackRunResponse(run=await self._message(run))
 
     async def _show_rollbacks(self, before: RunRecord) -> None:

@@ -18,6 +18,7 @@ from tether_services.orchestrator.fleet import Fleet
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.member import CheckState
 from tether_services.orchestrator.pretraining import PretrainingText
+from tether_services.orchestrator.progress import note_while, note_work
 from tether_services.orchestrator.prompt_sources import load_prompt_lists, load_prompts
 from tether_services.orchestrator.prompts import Prompt, PromptSet, encode_prompts, hash_prompts
 from tether_services.orchestrator.publishing import LocalAdapter
@@ -49,6 +50,8 @@ T = TypeVar("T")
 
 _PROBES = 4
 _PROBE_TOKENS = 64
+_FETCH_SECONDS = 6 * 3600.0
+"""For how long a download counts as getting on, whatever it does: the hub's client tells of no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,9 @@ class Session:
 
     def _export(self, policy_version: int, committed_sha256: str) -> LocalAdapter:
         self.check_lease()
-        directory = self.files.make_way(policy_version, committed_sha256=committed_sha256)
+        directory = self.files.make_way(
+            policy_version, config=self.trainer.adapter_config, committed_sha256=committed_sha256
+        )
         exported = self.trainer.export_adapter(directory, policy_version=policy_version)
         return _local_adapter(exported, self.attempt.run_id, prove(self.trainer, self.probes))
 
@@ -129,9 +134,13 @@ class Session:
         return self.files.describe_checkpoint(folder, policy_version)
 
     def retained_checkpoints(self) -> list[CheckpointRow]:
-        """Return the checkpoints that are to be kept; the ledger knows the others as removed from now on."""
+        """Return the checkpoints that are to be kept; the ledger knows the others as removed from now on.
+
+        As many rollbacks by alarms as are allowed can follow each other without a step between them.
+        """
         count, hours, alarms = self.config.keep_checkpoints, self.keep_checkpoint_hours, self.config.alarms
-        at_least = 1 + alarms.rollback_steps if alarms.is_set and alarms.action == "rollback" else 1
+        rolls_back = alarms.is_set and alarms.action == "rollback"
+        at_least = 1 + alarms.rollback_steps * alarms.max_rollbacks if rolls_back else 1
         return self.ledger.retain_checkpoints(self.attempt, count=count, hours=hours, at_least=at_least)
 
 
@@ -156,8 +165,8 @@ async def open_session(
     files = RunFiles(attempt.directory)
     thread = TrainerThread()
     try:
-        model = await asyncio.to_thread(find_model_folder, config.model, field="model")
-        base_sha256 = await asyncio.to_thread(hash_model_folder, model)
+        model = await fetch(partial(find_model_folder, config.model, field="model"))
+        base_sha256 = await asyncio.to_thread(hash_model_folder, model, on_chunk=note_work)
         show, budget = partial(show_breakers, files), config.failure.retry_budget
         async with (
             open_services(settings, retry_budget=budget, on_breaker=show) as services,
@@ -165,9 +174,9 @@ async def open_session(
         ):
             files.write_services(await describe_services(services, fleet, config, base_sha256))
             codec = await asyncio.to_thread(HfCodec, model)
-            lists = await asyncio.to_thread(load_prompt_lists, config)
+            lists = await fetch(partial(load_prompt_lists, config))
             prompts = encode_prompts(config, *lists, lambda text: codec.encode(text, add_special_tokens=True))
-            pretraining = await asyncio.to_thread(open_pretraining, config, codec)
+            pretraining = await fetch(partial(open_pretraining, config, codec))
             identity = await identify(services, config, base_sha256, prompts, pretraining)
             await asyncio.to_thread(ledger.pin_identity, attempt, identity)
             identities = Identities(identity.base_sha256, identity.reward_sha256)
@@ -194,6 +203,11 @@ async def open_session(
             yield session
     finally:
         thread.close()
+
+
+async def fetch(read: Callable[[], T]) -> T:
+    """Return what a function returns that may have to download it, in a thread; that takes long and is no hang."""
+    return await note_while(asyncio.to_thread(read), seconds=_FETCH_SECONDS)
 
 
 def build_fleet(services: Services, attempt: Attempt, settings: OrchestratorSettings, *, check: CheckState) -> Fleet:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tether.errors import ResourceExhaustedError, TetherError, UnavailableError
@@ -20,12 +19,11 @@ from tether_services.orchestrator.lease import end_holder
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.metrics import OrchestratorMetrics
 from tether_services.orchestrator.records import FINAL_STATES, Attempt, RunRecord, RunState
-from tether_services.orchestrator.remote import BREAKERS_FILE, LAGGING_FILE, BreakerStates
-from tether_services.orchestrator.report_writing import complete_reports
-from tether_services.orchestrator.run_files import RunFiles
+from tether_services.orchestrator.report_writing import complete_report, complete_reports
+from tether_services.orchestrator.worker_states import read_breakers, read_lagging
 from tether_services.runtime.logging import log_event
 
-__all__ = ["Supervisor", "describe_exit", "read_breakers"]
+__all__ = ["Supervisor", "describe_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +158,15 @@ class Supervisor:
             following = await asyncio.to_thread(self._begin_again, left)
         elif self._settings.auto_resume == "off":
             await self._finish(attempt, RunState.FAILED, ORPHANED)
-            return
+            following = None
         else:
             following = await asyncio.to_thread(self._restart, attempt, "the orchestrator process ended")
         if following is not None:
             self._note_resume(following, "taken up")
             self._begin(following)
+        elif left.state not in FINAL_STATES:
+            self.keep(self._persist(partial(self._show_ended, left, attempt)))
+            self.report(left.run_id)
         await self._adopt()
 
     def _begin_again(self, stopped: RunRecord) -> Attempt | None:
@@ -173,7 +174,7 @@ class Supervisor:
         now = self._ledger.interrupted_run()
         if now is None or (now.run_id, now.epoch) != (stopped.run_id, stopped.epoch) or self._ledger.active_run():
             return None
-        return self._ledger.begin_attempt(stopped.run_id)
+        return self._ledger.begin_attempt(stopped.run_id, by_hand=False)
 
     async def _supervise(self, course: _Course) -> None:
         """See a run to its end, whatever happens on the way, and show its steps as metrics."""
@@ -187,6 +188,12 @@ class Supervisor:
             self._courses.remove(course)
         await self._persist(partial(self._show_end, course))
         await self._persist(self._adopt)
+        self.report(course.attempt.run_id)
+
+    def report(self, run_id: str) -> None:
+        """Have the report of a run that has ended brought up to date; if this process ends, the next one does it."""
+        if not self._closing:
+            self.keep(self._persist(partial(asyncio.to_thread, complete_report, self._ledger, run_id)))
 
     async def _give_up(self, attempt: Attempt, error: Exception) -> None:
         reason = STOPPED if self._closing else f"[INTERNAL] {type(error).__name__}: {error}"
@@ -218,6 +225,11 @@ class Supervisor:
         await self._show_rollbacks(course)
         await self._show_steps(course, pushed_only=False)
         await self._show_state(course.attempt.run_id)
+
+    async def _show_ended(self, left: RunRecord, attempt: Attempt) -> None:
+        """Show the end of a run that an earlier process left and that did not go on, unless somebody has resumed it."""
+        if (await asyncio.to_thread(self._ledger.get_run, left.run_id)).epoch == left.epoch:
+            await self._show_end(_Course(attempt, left.num_committed_steps, left.branch))
 
     async def _show_rollbacks(self, course: _Course) -> None:
         """Show the rollbacks made since the last time, and from now on the steps that are made again."""
@@ -370,25 +382,6 @@ class Supervisor:
 def _pause(number: int) -> float:
     """Return the seconds before a repeat, counted from 0."""
     return float(min(0.1 * 2 ** min(number, 10), _LAST_PAUSE_SECONDS))
-
-
-def read_breakers(directory: Path) -> BreakerStates:
-    """Return what the worker of a run says of the services it calls; empty if that cannot be read."""
-    return _read_states(directory, BREAKERS_FILE)
-
-
-def read_lagging(directory: Path) -> list[str]:
-    """Return the generators that lag, as the worker of a run says; empty if that cannot be read."""
-    targets = _read_states(directory, LAGGING_FILE).get("generators")
-    return targets if isinstance(targets, list) else []
-
-
-def _read_states(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        states: object = RunFiles(directory).read_json(name)
-    except (ValueError, OSError):  # a disk error; it is only shown, and no reason to leave the worker alone
-        return {}
-    return states if isinstance(states, dict) else {}
 
 
 def describe_exit(exit_: WorkerExit) -> str:

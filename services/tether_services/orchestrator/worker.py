@@ -79,11 +79,11 @@ async def run_attempt(settings: OrchestratorSettings, ledger: Ledger, attempt: A
         await asyncio.to_thread(ledger.mark_running, attempt)
         try:
             state, error = await _run_to_end(settings, ledger, attempt, heartbeat.check)
+            reach("run.steps_done")
+            await asyncio.to_thread(_finish, ledger, attempt, state, error)
         except RollbackDueError as due:
             log_event(log, "rolls back", level=logging.WARNING, run_id=attempt.run_id, reason=str(due))
             return ROLLED_BACK_EXIT_CODE
-        reach("run.steps_done")
-        await asyncio.to_thread(_finish, ledger, attempt, state, error)
     reach("run.reported")
     return 0
 
@@ -144,11 +144,15 @@ async def _train(
 
 
 def _finish(ledger: Ledger, attempt: Attempt, state: RunState, error: str) -> None:
-    """Write the report first: whoever sees a final state finds it, unless it could not be written."""
+    """Write the report first: whoever sees a final state finds it, unless it could not be written.
+
+    Raises:
+        RollbackDueError: RollbackRun was called meanwhile; the next attempt writes the report again.
+    """
     try_to_report(ledger, attempt.run_id, state=state, error=error)
+    ledger.finish(attempt, state, error=error)
     level = logging.ERROR if state is RunState.FAILED else logging.INFO
     log_event(log, f"run {state.value.lower()}", level=level, run_id=attempt.run_id, error=error)
-    ledger.finish(attempt, state, error=error)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tether.errors import InvalidArgumentError, NotFoundError
@@ -22,26 +22,44 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """What the tokenizers of transformers are read from."""
+CHUNK_BYTES = 1 << 20
+"""Read at a time."""
 
 
-def hash_file(path: Path) -> str:
+def _ignore() -> None:
+    """Stand for a caller that does not follow the progress."""
+
+
+def hash_file(path: Path, *, on_chunk: Callable[[], None] = _ignore) -> str:
     """Return the sha256 of a file's content in lower-case hex.
+
+    Args:
+        path: The file.
+        on_chunk: Called after each piece of it: a large file takes minutes.
 
     Raises:
         NotFoundError: There is no such file.
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                on_chunk()
+            return digest.hexdigest()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise NotFoundError(f"no file at {path}", field="path") from error
 
 
-def hash_model_folder(folder: Path) -> str:
+def hash_model_folder(folder: Path, *, on_chunk: Callable[[], None] = _ignore) -> str:
     """Return the sha256 that identifies a base model by its content, in lower-case hex.
 
     It covers config.json and every *.safetensors file directly in the folder: sha256 over one line "<name> <sha256 of
     the content>" for each, in order of name. Tokenizer, model card, folder name and file times do not count.
+
+    Args:
+        folder: The folder of the model.
+        on_chunk: Called after each piece of a file.
 
     Raises:
         NotFoundError: The folder does not exist.
@@ -53,7 +71,7 @@ def hash_model_folder(folder: Path) -> str:
     if not config.is_file() or not weights:
         message = f"{folder} is not a model folder: it needs config.json and at least one *.safetensors file"
         raise InvalidArgumentError(message, field="model")
-    return _hash_files([config, *weights])
+    return _hash_files([config, *weights], on_chunk=on_chunk)
 
 
 def hash_tokenizer(folder: Path) -> str:
@@ -62,8 +80,8 @@ def hash_tokenizer(folder: Path) -> str:
     return _hash_files(found)
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
+def _hash_files(paths: Iterable[Path], *, on_chunk: Callable[[], None] = _ignore) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
-        digest.update(f"{path.name} {hash_file(path)}\n".encode())
+        digest.update(f"{path.name} {hash_file(path, on_chunk=on_chunk)}\n".encode())
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from tether.errors import InvalidArgumentError
+from tether_services.runtime.history import record
 
 __all__ = ["PLAN_VARIABLE", "POINTS", "arm", "reach"]
 
@@ -67,7 +68,8 @@ _ENTRY: Final = re.compile(r"(?P<point>[a-z_.]+)@(?P<occurrence>[1-9][0-9]*)=(?P
 class _Plan:
     """What is to happen in this process."""
 
-    def __init__(self, entries: dict[tuple[str, int], str]) -> None:
+    def __init__(self, role: str, index: int, entries: dict[tuple[str, int], str]) -> None:
+        self._role, self._index = role, index
         self._entries = entries
         self._reached: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -76,6 +78,8 @@ class _Plan:
         with self._lock:
             self._reached[name] += 1
             action = self._entries.get((name, self._reached[name]))
+        if action is not None:
+            record("fault", role=self._role, index=self._index, point=name, action=action)
         if action == "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         if action == "hang":
@@ -108,7 +112,7 @@ def arm(role: str, index: int) -> None:
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidArgumentError(f"{path} is not a fault plan: {error}", field=PLAN_VARIABLE) from error
     if entries:
-        _armed = _Plan(dict(_parse(entry, role) for entry in entries))
+        _armed = _Plan(role, index, dict(_parse(entry, role) for entry in entries))
 
 
 def reach(name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.reliability.checker import read_history
-from tests.reliability.clocks import Clock, compile_shim, find_obstacle
+from tests.reliability.clocks import Clock, compile_shim, find_obstacle, see_ahead
 from tests.reliability.processes import Process, poll_until
 from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
@@ -21,8 +21,8 @@ from tether_services.orchestrator.config import OrchestratorSettings
 HOUR: Final = 3600
 SKEWS: Final = {"generator": 24 * HOUR, "reward": -24 * HOUR, "reference": 12 * HOUR, "rival": 24 * HOUR}
 """Against the machine's own clock, for good."""
-JUMPS: Final = (HOUR, -HOUR, HOUR, 0)
-"""Of orchestrator and worker, one after the other."""
+JUMPS: Final = (HOUR, -HOUR, 0, HOUR)
+"""Of orchestrator and worker, one after the other; the last one is not 0, so that both can be seen to have moved."""
 FENCED: Final = 3
 """Exit status of a worker that somebody else's lease keeps out."""
 SETTINGS: Final = {"lease_seconds": 5.0, "keep_checkpoint_hours": 0.5}
@@ -62,6 +62,8 @@ class Rivals:
 
         await poll_until(decided, seconds=60, what="the second worker is refused or at work")
         took = count_attempts(self.world) > before
+        if not took:
+            await see_ahead(rival.log_file, SKEWS["rival"])
         refused = not took and rival.exit_code == FENCED
         rival.kill()
         self.ended["took the lease" if took else "refused" if refused else rival.log_tail()] += 1
@@ -100,23 +102,27 @@ async def run_jumps(trial: Trial) -> Outcome:
             run = await client.get_run(PARTS)
             world.recorder.add(dump_ledger(world.state_dir, run))
             return Outcome(world.recorder.judge())
+        for name in ("generator", "reward", "reference"):
+            await see_ahead(world.processes[name].log_file, SKEWS[name])
         whole = await run_whole(world, client, steps)
         await client.start_run(PARTS, run_toml(world.folder, steps=steps))
         for seconds in JUMPS:
             await jump(world, client, rivals, clocks["moved"], seconds)
         world.kill_worker()
         parts = await world.wait_for_end(client, PARTS, seconds=90)
+        await see_ahead(world.processes["orchestrator"].log_file, JUMPS[-1])  # it has logged the end of the worker
         figures = {"steps": steps, "jumps": len(JUMPS), **{f"second workers {k}": n for k, n in rivals.ended.items()}}
         outcome = judge(world, (whole, parts), figures, [])
         return Outcome(outcome.verdict, outcome.figures, [*outcome.failures, *find_failures(world, rivals, outcome)])
 
 
 async def jump(world: World, client: OrchestratorClient, rivals: Rivals, clock: Clock, seconds: int) -> None:
-    """Move the clock while a step is under way, and let a second worker try."""
+    """Move the clock while a step is under way, see that it moved, and let a second worker try."""
     run = await client.get_run(PARTS)
     assert await reach_step(world, client, run.committed_step_count + 1), "the run ended before its clock had jumped"
     clock.set(seconds)
     await rivals.send()
+    await see_ahead(world.state_dir / PARTS / "worker.log", seconds)
 
 
 def find_failures(world: World, rivals: Rivals, outcome: Outcome) -> list[str]:

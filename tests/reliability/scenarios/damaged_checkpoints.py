@@ -21,7 +21,7 @@ from tether_services.runtime.fault_points import PLAN_VARIABLE
 STEPS: Final = 4
 CHECKPOINT_FILES: Final = ("weights.safetensors", "optimiser.safetensors", "state.json")
 ADAPTER_FILES: Final = ("adapter_model.safetensors", "adapter_config.json")
-WAYS_OUT: Final = ("earlier", "copy", "write elsewhere")
+WAYS_OUT: Final = ("earlier", "copy")
 """One of these is in every refusal."""
 
 
@@ -42,7 +42,7 @@ async def run_flips(trial: Trial) -> Outcome:
         answers = await read_flips(world, order, sabotage=trial.control)
         if trial.control:
             return Outcome(world.recorder.judge())
-        failures = find_failures(answers)
+        failures = find_failures(answers, flips)
         failures += await resume_damaged(world, client, flips)
         plan_file.write_text("{}")
         whole = await run_whole(world, client, STEPS)
@@ -89,20 +89,20 @@ async def read_flips(world: World, order: dict[str, Any], *, sabotage: bool) -> 
     return judged
 
 
-def find_failures(answers: list[str]) -> list[str]:
-    """Return the flips that were not refused with a way out, or made good."""
+def find_failures(answers: list[str], flips: list[tuple[str, int]]) -> list[str]:
+    """Return the flips of a checkpoint that were not refused with a way out, and of an adapter not made good."""
     failures = []
-    for number, answer in enumerate(answers):
+    for answer, (file, bit) in zip(answers, flips, strict=True):
         refused = answer.startswith("refused ") and any(way in answer for way in WAYS_OUT)
-        if not refused and answer != "made anew":
-            failures.append(f"flip {number}: {answer}")
+        if answer != "made anew" if file.startswith("adapters/") else not refused:
+            failures.append(f"bit {bit} of {file}: {answer}")
     return failures
 
 
 async def resume_damaged(world: World, client: OrchestratorClient, flips: list[tuple[str, int]]) -> list[str]:
-    """Resume with a bit of the checkpoint inverted, which fails, and with one of the adapter, which is made anew."""
+    """Resume with a bit of the checkpoint inverted, which fails, and with one of the adapter's, which is made anew."""
     folder = world.state_dir / PARTS
-    (checkpoint, bit), (adapter, other_bit) = flips[0], flips[len(CHECKPOINT_FILES)]
+    (checkpoint, bit), (adapter, other_bit) = flips[0], flips[len(CHECKPOINT_FILES) + 1]
     with flipped(folder / checkpoint, bit):
         await client.resume_run(PARTS)
         refused = await world.wait_for_end(client, PARTS, seconds=ATTEMPT_SECONDS)

@@ -21,9 +21,12 @@ from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.world import World, WorldPlan, open_world, run_toml
 from tests.rpc.adapter_files import activate, begin_request, commit_request, fake_adapter, push, upload
+from tether.orchestrator import Run
 from tether.v1 import adapter_pb2, adapter_pb2_grpc, orchestrator_pb2, orchestrator_pb2_grpc
 
 CALL_SECONDS: Final = 10.0
+BACK: Final = "r4-back"
+"""Run that is cancelled and rolled back."""
 Applied: TypeAlias = Callable[[], Awaitable[bool]]
 Between: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[Any]]
@@ -236,18 +239,25 @@ async def through(name: str, world: World) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def run_runs(trial: Trial) -> Outcome:
-    """Lose answers of the calls that start and resume runs; the runs themselves fail at once, without a generator."""
+    """Lose answers of the calls that start, resume, cancel and roll back runs; the first run fails at once, without a
+    generator."""
     settings = {"orchestrator": {"max_retries": 0}}
-    plan = WorldPlan(models="tiny", services=("orchestrator",), proxied=("orchestrator",), settings=settings)
+    plan = WorldPlan(models="tiny", proxied=("orchestrator",), settings=settings)
     async with open_world(trial.folder, plan) as world, through("orchestrator", world) as channel:
         stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
         loss = Loss(world, "orchestrator", channel, trial.control)
+        world.processes["generator"].kill()
         await lose_start(world, loss, stub)
         async with world.orchestrator() as client:
             await world.wait_for_end(client, "r4", seconds=60)
             await lose_resume(world, loss, stub)
             run = await world.wait_for_end(client, "r4", seconds=60)
-        world.recorder.add(dump_ledger(world.state_dir, run))
+            await world.processes["generator"].start()
+            await client.start_run(BACK, run_toml(world.folder, steps=1000))
+            await lose_cancel(world, loss, stub)
+            back = await lose_run_rollback(world, loss, stub)
+        for ended in (run, back):
+            world.recorder.add(dump_ledger(world.state_dir, ended))
     return Outcome(world.recorder.judge(), {"answers lost": loss.numbers, "attempts": count_attempts(world)})
 
 
@@ -285,6 +295,64 @@ async def lose_resume(world: World, loss: Loss, stub: orchestrator_pb2_grpc.Orch
         world.recorder.record("applied", intent=intent)
 
 
+async def lose_cancel(world: World, loss: Loss, stub: orchestrator_pb2_grpc.OrchestratorServiceAsyncStub) -> None:
+    """Cancel a run with its answer lost; somebody resumes it; the repeat must leave that attempt alone."""
+    request = orchestrator_pb2.CancelRunRequest(run_id=BACK, request_id=str(uuid.uuid4()))
+    query = "SELECT cancel_requested OR state = 'cancelled' FROM runs WHERE run_id = ?"
+
+    async def cancelled() -> bool:
+        return read_number(world, query) == 1
+
+    async def resume() -> None:
+        async with world.orchestrator() as client:
+            await world.wait_for_end(client, BACK, seconds=60)
+            await client.resume_run(BACK)
+
+    await reach_commits(world, 2)
+    intent = await loss.lose_and_repeat(
+        request, lambda r: stub.CancelRun(r, timeout=CALL_SECONDS), applied=cancelled, between=resume
+    )
+    for _ in range(1 + read_number(world, query)):
+        world.recorder.record("applied", intent=intent)
+
+
+async def lose_run_rollback(world: World, loss: Loss, stub: orchestrator_pb2_grpc.OrchestratorServiceAsyncStub) -> Run:
+    """Take back the last step of a run that has ended, with the answer lost: the repeat takes back no other."""
+    request = orchestrator_pb2.RollbackRunRequest(run_id=BACK, request_id=str(uuid.uuid4()))
+    query = "SELECT COUNT(*) FROM rollbacks WHERE run_id = ?"
+
+    async def rolled_back() -> bool:
+        return read_number(world, query) == 1
+
+    async with world.orchestrator() as client:
+        await client.cancel_run(BACK)
+        await world.wait_for_end(client, BACK, seconds=60)
+        intent = await loss.lose_and_repeat(
+            request,
+            lambda r: stub.RollbackRun(r, timeout=CALL_SECONDS),
+            applied=rolled_back,
+            between=lambda: asyncio.sleep(0),
+        )
+        for _ in range(read_number(world, query)):
+            world.recorder.record("applied", intent=intent)
+        return await client.get_run(BACK)
+
+
+async def reach_commits(world: World, steps: int) -> None:
+    """Wait until the run that is taken back has committed so many steps."""
+
+    async def committed() -> bool:
+        return read_number(world, "SELECT committed_steps FROM runs WHERE run_id = ?") >= steps
+
+    await poll_until(committed, seconds=30, what=f"{steps} steps are committed")
+
+
+def read_number(world: World, query: str) -> int:
+    """Return a number that the ledger has of the run that is taken back."""
+    with closing(sqlite3.connect(f"file:{world.state_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
+        return int(connection.execute(query, (BACK,)).fetchone()[0])
+
+
 def count_attempts(world: World) -> int:
     """Return the number of attempts that the ledger has of the run."""
     with closing(sqlite3.connect(f"file:{world.state_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
@@ -303,10 +371,11 @@ SCENARIOS = [
     ),
     Scenario(
         name="R4 runs",
-        title="answers to StartRun and ResumeRun lost after they were applied",
+        title="answers to StartRun, ResumeRun, CancelRun and RollbackRun lost after they were applied",
         run=run_runs,
         control="the request_id of a repeat",
         caught_as=frozenset({"I2"}),
         seconds=90,
+        usual_seconds=15,
     ),
 ]

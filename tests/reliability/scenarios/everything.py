@@ -36,6 +36,8 @@ SETTINGS: Final = {
 """Patient, and quick to notice: a step takes tenths of a second here."""
 PAUSE_STEPS: Final = (3, 12)
 """Committed between two faults, so that a fast machine meets as many as a slow one."""
+STEP_SECONDS: Final = 0.4
+"""Longer than a step takes."""
 MET_SECONDS: Final = 5.0
 MOST_ATTEMPTS: Final = 1000
 STAND_STILL_SECONDS: Final = 90.0
@@ -85,6 +87,7 @@ class Faults:
                 deck = sorted(self.kinds)
                 self.random.shuffle(deck)
             kind = deck.pop()
+            await asyncio.sleep(self.random.uniform(0.0, STEP_SECONDS))  # somewhere in a step, not right after a commit
             if await self.kinds[kind]():
                 self.met[kind] += 1
             over, before = time.monotonic(), self.committed

@@ -169,12 +169,10 @@ def plan_entry(point: str) -> str:
 
 
 def find_missed(recorder: Recorder, points: list[str]) -> list[str]:
-    """Return the points whose attempt went on beyond them; attempts and points are in the same order."""
-    lines = list(read_history(recorder.path))
-    begun = Counter(line["epoch"] for line in lines if line["kind"] == "begun" and line["run"] == PARTS)
-    attempts = {line["epoch"] for line in lines if line["kind"] == "attempt" and line["run"] == PARTS}
-    missed = [p for n, p in enumerate(points) if not p.startswith("run.") and begun[n + 1] >= GIVEN_UP_STEPS - 1]
-    return missed + [p for n, p in enumerate(points) if n + 2 not in attempts and p != points[-1]]
+    """Return the points at which no worker was killed; attempts and points are in the same order."""
+    faults = [line for line in read_history(recorder.path) if line["kind"] == "fault"]
+    met = {(line["index"], line["point"]) for line in faults if line["role"] == "worker"}
+    return [point for number, point in enumerate(points) if (number + 1, point) not in met]
 
 
 async def bring_to_end(world: World, client: OrchestratorClient) -> Run:

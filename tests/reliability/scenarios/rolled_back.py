@@ -34,8 +34,8 @@ async def run(trial: Trial) -> Outcome:
     sabotage = {"worker": ["spoil", "alarms"] if trial.control else ["spoil"]}
     plan = WorldPlan(models="tiny", sabotage=sabotage, environment={SPOILED_STEPS: json.dumps(spoiled)})
     async with open_world(trial.folder, plan) as world, world.orchestrator() as client:
-        alarms = f'keep_checkpoints = 6\nalarms = {{ kl_max = {KL_MAX}, action = "rollback", max_rollbacks = 1000 }}'
-        text = run_toml(world.folder, steps=steps, extra=alarms).replace(
+        alarms = f'{{ kl_max = {KL_MAX}, action = "rollback", max_rollbacks = {faults} }}'
+        text = run_toml(world.folder, steps=steps, extra=f"keep_checkpoints = 6\nalarms = {alarms}").replace(
             "learning_rate = 0.01", "learning_rate = 0.001"
         )
         await client.start_run(RUN, text)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from tether_services.orchestrator.progress import note_work
 from tether_services.runtime.content_hash import hash_model_folder
 
 __all__ = ["CriticStart", "LoraShape", "read_critic_start"]
@@ -116,7 +117,7 @@ def _read_normalisation(folder: Path, base_sha256: str) -> tuple[float, float]:
         return 1.0, 0.0
     content = _read_json(folder / "tether_reward.json")
     base = (folder / str(content.get("base", ""))).resolve()
-    if hash_model_folder(base) != base_sha256:
+    if hash_model_folder(base, on_chunk=note_work) != base_sha256:
         message = f"the reward model in {folder} was trained on another base; start the critic without it"
         raise FailedPreconditionError(message, field=_FIELD, reason="BASE_MISMATCH")
     return _number(content, "gain"), _number(content, "bias")

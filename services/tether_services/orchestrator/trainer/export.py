@@ -70,7 +70,7 @@ def export_adapter(
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     _require_finite(tensors)
     files = {
-        "adapter_config.json": _config_json(shape),
+        "adapter_config.json": config_json(shape),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
     write_directory(directory, files)
@@ -92,7 +92,7 @@ def _require_finite(tensors: dict[str, Tensor]) -> None:
             raise FailedPreconditionError(f"{name} is not finite; the adapter is not exported", reason="NON_FINITE")
 
 
-def _config_json(shape: LoraShape) -> bytes:
+def config_json(shape: LoraShape) -> bytes:
     """Return adapter_config.json: the plain features that every engine loads, and no path of this machine."""
     config = {
         "peft_type": "LORA",

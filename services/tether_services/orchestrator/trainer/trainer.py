@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether_services.orchestrator.config import PpoConfig, TrainerConfig
+from tether_services.orchestrator.progress import note_work
 from tether_services.orchestrator.trainer.average import AdapterAverage
 from tether_services.orchestrator.trainer.batch import (
     MicroBatch,
@@ -30,7 +31,7 @@ from tether_services.orchestrator.trainer.batch import (
 from tether_services.orchestrator.trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from tether_services.orchestrator.trainer.critic_start import read_critic_start
 from tether_services.orchestrator.trainer.experience import Experience, Layout, prepare_experience
-from tether_services.orchestrator.trainer.export import AdapterFiles, export_adapter
+from tether_services.orchestrator.trainer.export import AdapterFiles, config_json, export_adapter
 from tether_services.orchestrator.trainer.forward import gather_flat, response_logprobs, response_values
 from tether_services.orchestrator.trainer.model import SharedModel, copy_tensors, load_base
 from tether_services.orchestrator.trainer.optimiser import AdapterOptimiser
@@ -76,12 +77,13 @@ class Trainer:
         """
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.base_sha256 = hash_model_folder(base_model)
+        self.base_sha256 = hash_model_folder(base_model, on_chunk=note_work)
         start = read_critic_start(reward_model, base_sha256=self.base_sha256) if reward_model else None
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             device = pick_device(config.device)
             base = load_base(base_model, dtype=config.dtype, quantization=config.quantization, device=device)
+            note_work()
             self._model = SharedModel(base, config, device=device, has_critic=ppo.has_critic, critic_start=start)
         self._config, self._ppo, self._total_steps = config, ppo, total_steps
         self._generator = torch.Generator().manual_seed(config.seed)
@@ -254,6 +256,11 @@ class Trainer:
             policy_version=policy_version,
             base_sha256=self.base_sha256,
         )
+
+    @property
+    def adapter_config(self) -> bytes:
+        """What `export_adapter` writes beside the weights."""
+        return config_json(self._model.shapes["policy"])
 
     def export_average(self, directory: Path, *, policy_version: int) -> AdapterFiles:
         """Write the moving average of the policy adapter, as `export_adapter` writes the adapter itself.
