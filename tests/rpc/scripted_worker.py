@@ -91,7 +91,7 @@ def after_step(kind: str, attempt: Attempt) -> None:
         time.sleep(3600)
     if kind == "sticks" and attempt.epoch == 1:
         time.sleep(3600)
-    for _ in range(20 if kind == "works" else 0):
+    for _ in range(35 if kind == "works" else 0):
         time.sleep(0.1)
         note_work()
     if kind == "stops" and attempt.epoch == 1:

@@ -13,7 +13,7 @@ from tests.rpc.test_orchestrator_service import world
 
 QUICK: dict[str, Any] = {
     "lease_seconds": 1,
-    "hang_seconds": 0.6,
+    "hang_seconds": 3.0,  # longer than a worker takes to start
     "generate_timeout_seconds": 0.5,
     "score_timeout_seconds": 0.5,
     "adapter_timeout_seconds": 0.5,
@@ -36,7 +36,7 @@ def test_a_worker_that_hangs_in_a_step_is_replaced_and_the_run_ends(tmp_path: Pa
 
 def test_a_worker_that_hangs_before_it_takes_its_lease_is_replaced(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with world(tmp_path, **QUICK | {"hang_seconds": 3.0}) as w:
+        async with world(tmp_path, **QUICK) as w:
             await w.client.start_run("unborn-1", w.toml)
             assert (await w.end_of("unborn-1")).state == "succeeded"
             assert [step.epoch for step in await w.client.list_steps("unborn-1")] == [2, 2, 2]
@@ -61,8 +61,7 @@ def test_a_step_that_is_slow_and_gets_on_is_left_alone_also_after_a_cancellation
     tmp_path: Path, cancelled: bool
 ) -> None:
     async def scenario() -> None:
-        settings = QUICK | {"hang_seconds": 1.2, "cancel_seconds": 1.2}  # a step takes 2 s
-        async with world(tmp_path, steps=2, **settings) as w:
+        async with world(tmp_path, steps=2, cancel_seconds=3.0, **QUICK) as w:
             await w.started("works-1")
             if cancelled:
                 await w.client.cancel_run("works-1")
