@@ -26,8 +26,13 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_all(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that the checker judges; a push that has begun proves nothing."""
+    return [line for line in read_all(path) if line["kind"] != "pushing"]
 
 
 def short(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -52,6 +57,8 @@ def test_what_is_proven_and_activated_is_recorded_in_that_order(recorded: Path) 
             assert (await refusal(push(serving.adapters, refused, fake_adapter(3)))).reason == "PROOF_FAILED"
 
     run(scenario())
+    begun = [short(line) for line in read_all(recorded) if line["kind"] == "pushing"]
+    assert begun == [("pushing", "run-a", version) for version in (1, 2, 3)]
     lines = read(recorded)
     assert {line["generator"] for line in lines} == {ADMIN}
     assert [short(line) for line in lines] == [
