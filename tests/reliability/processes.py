@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-__all__ = ["LOADED_VARIABLE", "Process", "poll_until", "wait_for_socket"]
+__all__ = ["LOADED_VARIABLE", "Process", "is_stopped", "poll_until", "wait_for_socket"]
 
 LOADED_VARIABLE: Final = "TETHER_RELIABILITY_LOADED"
 """Names the socket of a fork server that the fork servers of all worlds are forked from; unset: there is none."""
@@ -195,6 +195,14 @@ class Process:
         if not self.log_file.exists():
             return "(no log)"
         return self.log_file.read_bytes()[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process was stopped by a signal; one that has ended was not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 async def is_serving(address: str) -> bool:

@@ -217,8 +217,11 @@ async def stop_at_alarm(session: Session, step: int, rollout: Rollout, update: U
             out.
     """
     limits, attempt = session.config.alarms, session.attempt
-    first = max(0, step - RECENT_STEPS)
-    recent = await asyncio.to_thread(session.ledger.list_steps, attempt.run_id, first_step=first, limit=RECENT_STEPS)
+    recent: list[StepRecord] = []
+    if limits.score_drop is not None:  # the others look at this step alone
+        first = max(0, step - RECENT_STEPS)
+        read = partial(session.ledger.list_steps, attempt.run_id, first_step=first, limit=RECENT_STEPS)
+        recent = await asyncio.to_thread(read)
     now = {**update.as_dict(), **summarise_samples(rollout)}
     alarm = find_alarm(limits, [record.metrics for record in recent], now)
     if alarm is None:

@@ -18,7 +18,7 @@ from typing import Final
 import tomli_w
 
 from tests.reliability.checker import read_history
-from tests.reliability.processes import poll_until
+from tests.reliability.processes import is_stopped, poll_until
 from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios.killed_worker import ATTEMPT_SECONDS, KEEP_ALL, PARTS, judge, run_whole
@@ -199,11 +199,6 @@ async def run_unchecked(trial: Trial) -> Outcome:
         run = await world.wait_for_end(client, PARTS, seconds=ATTEMPT_SECONDS)
         world.recorder.add(dump_ledger(world.state_dir, run))
         return Outcome(world.recorder.judge())
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process was stopped by a signal."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 async def run(trial: Trial) -> Outcome:

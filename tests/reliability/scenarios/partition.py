@@ -7,13 +7,12 @@ import json
 import os
 import signal
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 from tests.reliability.checker import read_history
 from tests.reliability.fork_server import OUT_OF_REACH
-from tests.reliability.processes import poll_until
+from tests.reliability.processes import is_stopped, poll_until
 from tests.reliability.proxy import Fault
 from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
@@ -152,7 +151,11 @@ async def replace_worker(course: Course, how: str) -> str:
         os.kill(old, signal.SIGSTOP)
     else:
         [old] = course.workers()
-        await poll_until(lambda: is_stopped(old), seconds=HEALED_SECONDS, what="the worker stops before its push")
+
+        async def stopped() -> bool:
+            return is_stopped(old)
+
+        await poll_until(stopped, seconds=HEALED_SECONDS, what="the worker stops before its push")
     attempts = count_attempts(world)
 
     async def replaced() -> bool:
@@ -172,11 +175,6 @@ async def replace_worker(course: Course, how: str) -> str:
     if not refusal:
         course.failures.append("the replaced worker was not refused")
     return refusal
-
-
-async def is_stopped(pid: int) -> bool:
-    """Return whether a process was stopped by a signal."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 async def is_pushing(course: Course) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 import tomli_w
 
 from tests.reliability.checker import read_history
-from tests.reliability.processes import Process
+from tests.reliability.processes import Process, is_stopped
 from tests.reliability.recording import dump_ledger
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios.killed_worker import ATTEMPT_SECONDS, KEEP_ALL, PARTS, judge, run_whole
@@ -85,7 +85,7 @@ class Keeper:
         """Look after a generator until the run has ended."""
         process = self.world.processes[name]
         while not (run := await client.get_run(PARTS)).ended:
-            if process.alive and not is_stopped(process):
+            if not is_away(process):
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             killed = not process.alive
@@ -112,7 +112,7 @@ class Keeper:
         """
         returned = time.monotonic()
         while not (run := await client.get_run(PARTS)).ended and run.committed_step_count <= committed:
-            if not process.alive or is_stopped(process):
+            if is_away(process):
                 return
             await asyncio.sleep(POLL_SECONDS)
             if self.away:
@@ -136,12 +136,12 @@ class Keeper:
         return failures
 
 
-def is_stopped(process: Process) -> bool:
-    """Return whether a process was stopped by a signal."""
+def is_away(process: Process) -> bool:
+    """Return whether a process has ended or was stopped by a signal."""
     try:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except (OSError, AssertionError):  # it has ended meanwhile
-        return False
+        return is_stopped(process.pid)
+    except AssertionError:  # it has ended
+        return True
 
 
 async def use_one_generator(world: World) -> None:
