@@ -237,7 +237,7 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain) -> int:
         check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
-        server = grpc.aio.server(interceptors=[chain], options=server_options(port.max_message_bytes))
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
         if self._settings.reflection:
@@ -252,10 +252,15 @@ class ServiceRunner:
         self._servers.append(server)
         return number
 
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        return list((dict(server_options(port.max_message_bytes)) | age).items())
+
     async def close(self) -> None:
-        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining")
+        """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
+        await asyncio.sleep(self._settings.drain_notice_seconds)
         if self._watch is not None:
             self._watch.cancel()
         await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))
