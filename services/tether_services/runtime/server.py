@@ -24,7 +24,7 @@ from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server, watch_tasks
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
@@ -208,6 +208,7 @@ class ServiceRunner:
         for port in self._service.ports():
             self.bound_ports.append(await self._listen(port, chain))
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
+        watch_tasks(self._service.name, self._registry)
         log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
         if isinstance(self._service, Fallible):
             self._service.on_failure(self._engine_failed)

@@ -26,6 +26,7 @@ def all_scenarios() -> list[Scenario]:
         replica_changes,
         rolled_back,
         rolling_restarts,
+        soak,
         stopped_server,
         transfers,
         two_generators,
@@ -51,5 +52,6 @@ def all_scenarios() -> list[Scenario]:
         partition,
         clock_jumps,
         everything,
+        soak,
     )
     return [scenario for module in modules for scenario in module.SCENARIOS]
