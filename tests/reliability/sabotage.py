@@ -276,6 +276,15 @@ def _leak() -> None:
     _set(Pipeline, "answer", answer_and_keep)
 
 
+def _take_out_sizes() -> None:
+    """A port takes messages of any size."""
+    from tether_services.runtime import server
+
+    options = server.server_options
+    unlimited = {"grpc.max_receive_message_length": -1}
+    _set(server, "server_options", lambda size: list((dict(options(size)) | unlimited).items()))
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
@@ -294,4 +303,5 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "epoch": _take_out_epoch,
     "drain": _take_out_drain,
     "leak": _leak,
+    "sizes": _take_out_sizes,
 }
