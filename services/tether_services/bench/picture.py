@@ -28,16 +28,18 @@ def draw_report(report: LoadReport, path: Path) -> None:
 
 
 def _draw_course(report: LoadReport, latency: Any, calls: Any) -> None:
-    rows = [(interval.start_seconds, interval.ok_latency) for interval in report.course if interval.ok_latency]
+    # What is over after the duration is a rest of an interval, whose rate would look like a fall.
+    course = [interval for interval in report.course if interval.start_seconds < report.duration_seconds]
+    rows = [(interval.start_seconds, interval.ok_latency) for interval in course if interval.ok_latency]
     for name in ("p50", "p95", "p99", "max"):
         points = [(start, getattr(summary, f"{name}_seconds") * 1e3) for start, summary in rows]
         if points:
             latency.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else "", markersize=3)
     latency.set(ylabel="latency since due, ms", yscale="log", title="answered calls, by when they were over")
-    starts = [interval.start_seconds for interval in report.course]
+    starts = [interval.start_seconds for interval in course]
     width = min((after - before for before, after in pairwise(starts)), default=1.0)
     for name, color in (("num_ok", "tab:green"), ("num_rejected", "tab:red")):
-        counts = [getattr(interval, name) / width for interval in report.course]
+        counts = [getattr(interval, name) / width for interval in course]
         calls.step(starts, counts, where="post", label=name.removeprefix("num_"), color=color)
     calls.set(xlabel="seconds", ylabel="calls per second", ylim=(0, None))
     latency.legend()
