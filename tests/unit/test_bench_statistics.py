@@ -114,6 +114,14 @@ def test_shares_goodputs_and_rejections_are_per_caller_and_add_up() -> None:
     assert report.passed and report.warnings == ()
 
 
+def test_open_and_closed_loops_beside_each_other_are_told_apart() -> None:
+    callers = (CallerPlan("open", 10.0), CallerPlan("closed", 0.0))
+    plan = dataclasses.replace(PLAN, callers=callers)
+    tallies = [tally_of(ok=1), tally_of(ok=1)]
+    report = build_report(plan, tallies, course=Course(2.0), checker=AnswerChecker([FAKE_MODEL]), outcome=OUTCOME)
+    assert [caller.loop for caller in (*report.callers, report.total)] == ["open", "closed", "mixed"]
+
+
 def test_a_run_that_ends_before_its_duration_is_not_given_a_higher_rate() -> None:
     early = dataclasses.replace(OUTCOME, elapsed_seconds=1.9)
     assert report_of([tally_of(ok=20)], outcome=early).total.goodput == 10.0
@@ -137,6 +145,7 @@ def test_what_makes_figures_doubtful_is_said() -> None:
                   "late itself", "95% of a processor", "no such model"):  # fmt: skip
         assert words in said
     assert "closed loop" in "".join(report_of([tally_of(ok=1)], rate=0.0).warnings)
+    assert "8 of 11 calls were rejected" in "".join(report_of([tally_of(ok=3, rejected=8)]).warnings)
 
 
 def test_the_course_has_a_row_per_interval_with_calls() -> None:

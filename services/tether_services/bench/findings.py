@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tether.v1 import reward_pb2
@@ -55,6 +55,8 @@ def build_report(
         num_repeated_items=outcome.num_repeated_items,
     )
     total = report_caller(everyone, whole, seconds=seconds, num_ok=whole.num_ok)
+    if len({bool(caller.rate) for caller in plan.callers}) > 1:
+        total = replace(total, loop="mixed")
     checks = CheckReport(checker.num_by_oracle, checker.num_by_repeat, checker.num_unforeseen, tuple(checker.examples))
     return LoadReport(
         target=plan.target,
@@ -120,6 +122,8 @@ def find_warnings(
         yield f"{total.num_wrong} answers were wrong; the first: {checks.examples[0]}"
     if not total.num_ok:
         yield "no call was answered rightly: there is nothing to measure"
+    elif total.num_rejected > total.num_ok:
+        yield f"{total.num_rejected} of {total.num_sent} calls were rejected: latencies of answers are of the lucky few"
     if outcome.interrupted:
         yield f"interrupted after {outcome.elapsed_seconds:.1f} of {plan.duration_seconds:g} s"
     if outcome.capped:

@@ -94,12 +94,14 @@ def read_items(path: Path) -> tuple[BenchItem, ...]:
                 if not line.strip():
                     continue
                 if len(items) == MAX_FILE_ITEMS:
-                    raise InvalidArgumentError(f"{path} has over {MAX_FILE_ITEMS} items.", field="items")
+                    raise InvalidArgumentError(
+                        f"{path} has over {MAX_FILE_ITEMS} items.", field="items", reason="INVALID_CONFIG"
+                    )
                 items.append(_read_item(line, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"Cannot read {path}: {error}.", field="items") from error
+        raise InvalidArgumentError(f"Cannot read {path}: {error}.", field="items", reason="INVALID_CONFIG") from error
     if not items:
-        raise InvalidArgumentError(f"{path} has no items.", field="items")
+        raise InvalidArgumentError(f"{path} has no items.", field="items", reason="INVALID_CONFIG")
     return tuple(items)
 
 
@@ -118,4 +120,5 @@ def _read_item(line: str, place: str) -> BenchItem:
     raise InvalidArgumentError(
         f'{place} is no item: {{"prompt": TEXT, "response": TEXT}} or "prompt_token_ids" and "response_token_ids".',
         field="items",
+        reason="INVALID_CONFIG",
     )

@@ -51,7 +51,7 @@ class CallerReport:
     name: str
     """Of the caller; "total" for all."""
     loop: str
-    """"open": calls were due at fixed times. "closed": each waited for the one before; latencies hide queueing."""
+    """"open": calls were due at fixed times. "closed": each waited for the one before: hides queueing. "mixed"."""
     rate: float
     """Calls per second that were due; 0 in a closed loop."""
     num_offered: int
@@ -149,7 +149,7 @@ class LoadReport:
     duration_seconds: float
     """How long calls were due, as planned."""
     elapsed_seconds: float
-    """From the first arrival to the end of the last call."""
+    """From the first arrival to the end of the last call; unless ended early, the planned duration at least."""
     interrupted: bool
     """Whether it was ended early by the user."""
     capped: bool
