@@ -105,7 +105,7 @@ class Scorer(_Opener):
         if not items:
             return []
         client, options = self._open(), self.options
-        if not self._max_items:
+        if len(items) > 1 and not self._max_items:
             self._max_items = _smallest_limit(client.list_reward_models())
         scores: list[ItemScore] = []
         for part in _parts(items, max_items=self._max_items):
@@ -145,7 +145,7 @@ class AsyncScorer(_Opener):
         if not items:
             return []
         client, options = self._open(), self.options
-        if not self._max_items:
+        if len(items) > 1 and not self._max_items:
             self._max_items = _smallest_limit(await client.list_reward_models())
         scores: list[ItemScore] = []
         for part in _parts(items, max_items=self._max_items):

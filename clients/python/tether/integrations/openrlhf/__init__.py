@@ -12,6 +12,6 @@ As an endpoint: `python -m tether.integrations.openrlhf --reward 127.0.0.1:50052
 
 from tether.integrations.openrlhf.endpoint import EndpointLimits, RewardEndpoint, app
 from tether.integrations.openrlhf.functions import make_reward_func, reward_func
-from tether.integrations.openrlhf.queries import split_queries
+from tether.integrations.openrlhf.queries import QueryForm, split_queries
 
-__all__ = ["EndpointLimits", "RewardEndpoint", "app", "make_reward_func", "reward_func", "split_queries"]
+__all__ = ["EndpointLimits", "QueryForm", "RewardEndpoint", "app", "make_reward_func", "reward_func", "split_queries"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tether.errors import InvalidArgumentError, TetherError
 from tether.integrations.openrlhf.endpoint import REWARD_PATH, EndpointLimits, RewardEndpoint
+from tether.integrations.openrlhf.queries import QueryForm
 from tether.integrations.scoring import ScoringOptions, Unscored
 
 __all__ = ["main"]
@@ -25,9 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = ScoringOptions(
             asked.reward, asked.model, asked.version, _unscored(asked.unscored), {"timeout_seconds": asked.timeout}
         )
-        endpoint = RewardEndpoint(
-            options, end_text=asked.end_text, limits=EndpointLimits(body_bytes=asked.max_body_bytes)
-        )
+        form = QueryForm(asked.prompt_template, asked.end_text)
+        endpoint = RewardEndpoint(options, form=form, limits=EndpointLimits(body_bytes=asked.max_body_bytes))
     except TetherError as error:
         print(error, file=sys.stderr)
         return CONFIG_ERROR_EXIT_CODE
@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="", help="name of the reward model; empty: the default one")
     parser.add_argument("--version", default="", help="version of the model; empty: whichever is loaded")
     parser.add_argument("--unscored", default="raise", help="reward of a response without a score: raise, or a number")
+    parser.add_argument(
+        "--prompt-template", default="", help="how a prompt was made, with {} for the message: score conversations"
+    )
     parser.add_argument("--end-text", default="", help="text of the end token, removed from the end of responses")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="deadline of a scoring call")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on")
@@ -91,6 +94,7 @@ def _serve(endpoint: RewardEndpoint, *, host: str, port: int) -> int:
         return CONFIG_ERROR_EXIT_CODE
     config = uvicorn.Config(endpoint, host=host, port=port, log_level="warning", access_log=False, server_header=False)
     listening = config.bind_socket()
+    listening.listen(config.backlog)  # so that a caller who reads the line below can connect
     name = f"[{host}]" if ":" in host else host
     print(f"OpenRLHF endpoint: http://{name}:{listening.getsockname()[1]}{REWARD_PATH}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

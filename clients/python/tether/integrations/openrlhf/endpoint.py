@@ -21,7 +21,7 @@ import grpc
 
 from tether.errors import InternalError, InvalidArgumentError, TetherError, UnavailableError
 from tether.integrations.openrlhf.functions import options_from_environment
-from tether.integrations.openrlhf.queries import split_queries
+from tether.integrations.openrlhf.queries import PLAIN, QueryForm, split_queries
 from tether.integrations.scoring import AsyncScorer, ScoringOptions, rewards_of
 from tether.reward import ScoreItem
 
@@ -84,16 +84,18 @@ class _GoneError(Exception):
 class RewardEndpoint:
     """An ASGI application that speaks OpenRLHF's remote reward protocol."""
 
-    def __init__(self, options: ScoringOptions, *, end_text: str = "", limits: EndpointLimits | None = None) -> None:
+    def __init__(
+        self, options: ScoringOptions, *, form: QueryForm = PLAIN, limits: EndpointLimits | None = None
+    ) -> None:
         """Remember how to score; nothing is opened before the first request.
 
         Args:
             options: Where and how to score; `unscored` is "raise" or a number.
-            end_text: Text of the end token, removed from the end of responses; see `split_queries`.
+            form: What stands around the texts in prompts and queries.
             limits: What one caller can cost; None for the defaults.
         """
         self._scorer = AsyncScorer(options.need_a_number("OpenRLHF"))
-        self._end_text = end_text
+        self._form = form
         self._limits = limits or EndpointLimits()
         self._slots = asyncio.Semaphore(self._limits.num_requests)
 
@@ -176,7 +178,7 @@ class RewardEndpoint:
 
     async def _score(self, body: bytes) -> _Reply:
         """Return the rewards that a body asks for."""
-        items = await asyncio.to_thread(_read_items, body, self._end_text)
+        items = await asyncio.to_thread(_read_items, body, self._form)
         scores = await self._scorer.score(items)
         fields = [f"query[{index}]" for index in range(len(items))]
         rewards = rewards_of(scores, unscored=self._scorer.options.unscored, fields=fields)
@@ -227,7 +229,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key.lower() == name), b"")
 
 
-def _read_items(body: bytes, end_text: str) -> Sequence[ScoreItem]:
+def _read_items(body: bytes, form: QueryForm) -> Sequence[ScoreItem]:
     """Return the items of a body. Slow for a long one: call it in a thread.
 
     Raises:
@@ -244,7 +246,7 @@ def _read_items(body: bytes, end_text: str) -> Sequence[ScoreItem]:
             raise InvalidArgumentError(f"{name} is needed: a list of texts.", field=name)
     if not asked["query"]:
         raise InvalidArgumentError("query is empty; there is nothing to score.", field="query")
-    return split_queries(asked["query"], asked["prompts"], end_text=end_text)
+    return split_queries(asked["query"], asked["prompts"], form=form)
 
 
 async def _unless_gone(work: Awaitable[_Reply], receive: Receive) -> _Reply:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tether.errors import InvalidArgumentError, TetherError
-from tether.integrations.openrlhf.queries import split_queries
+from tether.integrations.openrlhf.queries import PLAIN, QueryForm, split_queries
 from tether.integrations.scoring import Scorer, ScoringOptions, Unscored, rewards_of
 
 __all__ = ["ENVIRONMENT_PREFIX", "RewardFunc", "make_reward_func", "options_from_environment", "reward_func"]
@@ -30,7 +30,7 @@ def make_reward_func(
     model: str = "",
     version: str = "",
     unscored: Unscored = "raise",
-    end_text: str = "",
+    form: QueryForm = PLAIN,
     **client_options: Any,
 ) -> RewardFunc:
     """Return a function for a file of your own, which OpenRLHF wants to be named `reward_func`.
@@ -40,7 +40,7 @@ def make_reward_func(
         model: Name of the reward model; empty: the default one.
         version: Version of the model; empty: whichever is loaded.
         unscored: What a response that cannot be scored, such as an empty one, is worth: "raise" its error or a number.
-        end_text: Text of the end token, removed from the end of responses; see `split_queries`.
+        form: What stands around the texts in prompts and queries.
         **client_options: Further arguments of the client, such as `timeout_seconds`.
     """
     options = ScoringOptions(target, model, version, unscored, client_options).need_a_number("OpenRLHF")
@@ -56,7 +56,7 @@ def make_reward_func(
             TetherError: A response could not be scored, or a call failed as a whole.
         """
         try:
-            rewards = _rewards(scorer, split_queries(queries, prompts, end_text=end_text))
+            rewards = _rewards(scorer, split_queries(queries, prompts, form=form))
         except TetherError as error:
             log.error("no rewards: %s", error)  # OpenRLHF notes it at INFO and fails later, where the reward is used
             raise
