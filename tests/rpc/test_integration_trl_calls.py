@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import inspect
 import pickle
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 
 from tests.rpc.reward_serving import reward_in_thread
 from tests.rpc.serving import Served
-from tether import Client, InvalidArgumentError, NotFoundError, ScoreItem
+from tether import Client, DeadlineExceededError, InvalidArgumentError, NotFoundError, ScoreItem
 from tether.integrations.trl import AsyncRewardFunction, RewardFunction
 from tether_services.reward.engines.fake import FAKE_MAX_MODEL_LEN, fake_score, fake_text_score
 from tether_services.reward.items import encode_conversation
@@ -140,8 +139,12 @@ def test_texts_of_no_known_form_are_named(
     assert caught.value.violations[0].field == field
 
 
-def test_client_options_reach_the_client(service: Served) -> None:
+def test_client_options_reach_the_client_and_bad_ones_show_at_once(service: Served) -> None:
     with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
-        RewardFunction(service.target, timeout_seconds=-1.0)(prompts=["a"], completions=["b"])
+        RewardFunction(service.target, timeout_seconds=-1.0)
     with pytest.raises(TypeError, match="no_such_option"):
-        functools.partial(RewardFunction(service.target, no_such_option=1), prompts=["a"], completions=["b"])()
+        AsyncRewardFunction(service.target, no_such_option=1)
+    hasty = RewardFunction(service.target, timeout_seconds=1e-6)
+    with pytest.raises(DeadlineExceededError):
+        hasty(prompts=["a"], completions=["b"])
+    hasty.close()

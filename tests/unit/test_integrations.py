@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +168,7 @@ def test_messages_that_reward_models_cannot_read_are_named(message: Any, field: 
         (["--host", "::"], "--insecure"),
         (["--host", "example.org"], "--insecure"),
         (["--prompt-template", "no place"], "prompt_template"),
+        (["--timeout", "-1"], "timeout_seconds"),
         (["--unscored", "zero"], "--unscored"),
         (["--unscored", "nan"], "unscored"),
     ],
@@ -174,3 +178,14 @@ def test_the_endpoint_refuses_a_bad_configuration(
 ) -> None:
     assert main(["--reward", "127.0.0.1:1", *arguments]) == CONFIG_ERROR_EXIT_CODE
     assert named in capsys.readouterr().err
+
+
+def test_the_python_of_the_documentation_compiles_and_names_what_there_is() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "docs/integrations.md", "exec")
+        for line in block.splitlines():
+            if line.startswith("from tether."):
+                exec(line)

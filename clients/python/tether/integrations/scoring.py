@@ -30,7 +30,8 @@ class ScoringOptions:
     """Where and how to score.
 
     Raises:
-        InvalidArgumentError: `unscored` is none of its choices.
+        InvalidArgumentError: `unscored` is none of its choices, or the client has no use for its options.
+        TypeError: The client has no such option.
     """
 
     target: str
@@ -45,6 +46,7 @@ class ScoringOptions:
     """Further arguments of the client, such as `timeout_seconds`."""
 
     def __post_init__(self) -> None:
+        RewardClient(self.target, **self.client_options)  # opens nothing; a bad option shows now, not after a rollout
         if self.unscored is None or self.unscored == "raise":
             return
         is_number = isinstance(self.unscored, int | float) and not isinstance(self.unscored, bool)

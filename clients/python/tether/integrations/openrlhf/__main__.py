@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ __all__ = ["main"]
 
 CONFIG_ERROR_EXIT_CODE = 42
 """Exit status for a bad configuration, as of the services."""
+DRAIN_SECONDS = 30
+"""Requests in flight get this long to finish after SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +95,27 @@ def _serve(endpoint: RewardEndpoint, *, host: str, port: int) -> int:
     except ImportError:
         print("uvicorn is missing: pip install 'tether[integrations]'", file=sys.stderr)
         return CONFIG_ERROR_EXIT_CODE
-    config = uvicorn.Config(endpoint, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(
+        endpoint,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # it raises them again after its end, which is to be an ordinary one
+        signal.signal(number, stop)
     listening = config.bind_socket()
     listening.listen(config.backlog)  # so that a caller who reads the line below can connect
     name = f"[{host}]" if ":" in host else host
     print(f"OpenRLHF endpoint: http://{name}:{listening.getsockname()[1]}{REWARD_PATH}", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
     return 0
 
 
