@@ -23,7 +23,10 @@ def all_scenarios() -> list[Scenario]:
         killed_worker,
         liveness,
         partition,
+        replica_changes,
         rolled_back,
+        rolling_restarts,
+        soak,
         stopped_server,
         transfers,
         two_generators,
@@ -43,9 +46,12 @@ def all_scenarios() -> list[Scenario]:
         two_generators,
         stopped_server,
         killed_services,
+        rolling_restarts,
+        replica_changes,
         liveness,
         partition,
         clock_jumps,
         everything,
+        soak,
     )
     return [scenario for module in modules for scenario in module.SCENARIOS]
