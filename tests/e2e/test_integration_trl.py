@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_generations": NUM_GENERATIONS,
     "max_completion_length": 8,
+    "generation_kwargs": {"min_new_tokens": 4},  # an empty completion has no score
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "log_completions": True,
