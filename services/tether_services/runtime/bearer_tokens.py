@@ -125,8 +125,8 @@ def read_tokens(path: Path, *, field: str = "tokens_file") -> TokenFile:
         raise InvalidArgumentError(
             f"Cannot read {path}: {error.strerror}.", field=field, reason="INVALID_CONFIG"
         ) from error
-    except ValueError as error:
-        raise InvalidArgumentError(f"{path} is not TOML.", field=field, reason="INVALID_CONFIG") from error
+    except (ValueError, RecursionError):
+        raise InvalidArgumentError(f"{path} is not TOML.", field=field, reason="INVALID_CONFIG") from None
     if len(content) > MAX_FILE_BYTES:
         message = f"{path} is larger than {MAX_FILE_BYTES} bytes; remove tokens that have expired."
         raise InvalidArgumentError(message, field=field, reason="INVALID_CONFIG")
