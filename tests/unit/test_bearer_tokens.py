@@ -155,7 +155,7 @@ def test_the_command_makes_lists_and_revokes_tokens(tmp_path: Path, capsys: pyte
     token = capsys.readouterr().out.strip()
     assert TOKEN_PATTERN.fullmatch(token)
     (record,) = read_tokens(Path(path)).tokens
-    assert (record.scopes, record.weight, record.max_concurrency) == ({"score", "run.read"}, 2.0, 4)
+    assert (sorted(record.scopes), record.weight, record.max_concurrency) == (["run.read", "score"], 2.0, 4)
     assert record.expires == record.created + timedelta(days=30)
     assert main(["token", "list", "--file", path, "--json"]) == 0
     text = capsys.readouterr().out
