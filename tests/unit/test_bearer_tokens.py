@@ -121,6 +121,7 @@ def test_tokens_that_are_made_at_the_same_time_are_all_there(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        ("", "version"),
         ("tokens = [", "TOML"),
         ("version = 2", "version"),
         ("vresion = 1", "vresion"),

@@ -54,8 +54,8 @@ class TokenRecord(CallerSettings):
 class TokenFile(Settings):
     """The content of a tokens file."""
 
-    version: Literal[1] = 1
-    """Of this layout."""
+    version: Literal[1]
+    """Of this layout. Required, so that an empty file is a broken one and not one without tokens."""
     tokens: tuple[TokenRecord, ...] = Field(default=(), max_length=10_000)
     """In the order in which they were made."""
 
@@ -158,7 +158,7 @@ def changing_tokens(path: Path) -> Iterator[list[TokenRecord]]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             tokens = list(read_tokens(path, field="--file").tokens) if path.exists() else []
             yield tokens
-            write_text(path, _format(TokenFile(tokens=tuple(tokens))))  # a temporary file, hence mode 0600
+            write_text(path, _format(TokenFile(version=1, tokens=tuple(tokens))))  # a temporary file, hence mode 0600
     except OSError as error:
         raise _as_error(error, path) from error
 

@@ -126,6 +126,11 @@ def server_options(max_message_bytes: int, max_metadata_bytes: int = METADATA_BY
     ]
 
 
+def shows_reflection(settings: ServerSettings, address: str) -> bool:
+    """Return whether a port lists its methods: as the setting says, else on loopback only."""
+    return is_loopback(address, field="address") if settings.reflection is None else settings.reflection
+
+
 def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], Service]) -> int:
     """Run a service until SIGTERM or SIGINT and return the exit status.
 
@@ -258,8 +263,7 @@ class ServiceRunner:
         server = grpc.aio.server(interceptors=[chain], options=options)
         port.register(server)
         await self.health.attach(server)
-        shown = settings.reflection
-        if is_loopback(port.address, field=port.setting) if shown is None else shown:
+        if shows_reflection(settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
         return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
 
