@@ -282,7 +282,7 @@ def _take_out_sizes() -> None:
 
     options = server.server_options
     unlimited = {"grpc.max_receive_message_length": -1}
-    _set(server, "server_options", lambda size: list((dict(options(size)) | unlimited).items()))
+    _set(server, "server_options", lambda *given: list((dict(options(*given)) | unlimited).items()))
 
 
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
