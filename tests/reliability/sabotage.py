@@ -285,6 +285,13 @@ def _take_out_sizes() -> None:
     _set(server, "server_options", lambda *given: list((dict(options(*given)) | unlimited).items()))
 
 
+def _take_out_reload() -> None:
+    """Certificates and tokens are read once."""
+    from tether_services.runtime.reloading import Reloaded
+
+    _set(Reloaded, "refresh", lambda self: self.value)
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
@@ -304,4 +311,5 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "drain": _take_out_drain,
     "leak": _leak,
     "sizes": _take_out_sizes,
+    "reload": _take_out_reload,
 }
