@@ -37,13 +37,17 @@ PUSHED_VERSION: Final[Schema] = {"minimum": 1, "maximum": MAX_VERSION}
 MESSAGES: Final[Schema] = {"minItems": 1, "maxItems": MAX_MESSAGES}
 
 
-def one_of(*names: str) -> Schema:
-    """Return that exactly one of some fields is there."""
-    return {"oneOf": [{"required": [name]} for name in names]}
+def one_of(**forms: tuple[str, ...]) -> Schema:
+    """Return that a message has exactly one form: the field that makes it is there, fields of other forms are not."""
+    options = [
+        {"required": [name], "properties": dict.fromkeys(others, False)} if others else {"required": [name]}
+        for name, others in forms.items()
+    ]
+    return {"oneOf": options}
 
 
 LIMITS: Final[dict[str, Schema]] = {
-    "GenerateRequest": {"required": ["n", "sampling"], **one_of("prompt", "messages", "promptTokenIds")},
+    "GenerateRequest": {"required": ["n", "sampling"], **one_of(prompt=(), messages=(), promptTokenIds=())},
     "GenerateRequest.prompt": {"minLength": 1},
     "GenerateRequest.messages": MESSAGES,
     "GenerateRequest.prompt_token_ids": TOKEN_IDS,
@@ -63,7 +67,9 @@ LIMITS: Final[dict[str, Schema]] = {
     "SamplingParams.seed": {"minimum": 0, "maximum": MAX_SEED},
     "ScoreRequest": {"required": ["items"]},
     "ScoreRequest.items": {"minItems": 1},
-    "ScoreItem": one_of("response", "messages", "responseTokenIds"),
+    "ScoreItem": one_of(
+        response=("promptTokenIds",), messages=("prompt", "promptTokenIds"), responseTokenIds=("prompt",)
+    ),
     "ScoreItem.response": {"minLength": 1},
     "ScoreItem.messages": MESSAGES,
     "ScoreItem.prompt_token_ids": {"items": {"minimum": 0}},
@@ -130,7 +136,7 @@ LIMITS: Final[dict[str, Schema]] = {
     "AdapterProbe.token_ids": {"minItems": 2, "maxItems": MAX_PROBE_TOKENS, "items": {"minimum": 0}},
     "AdapterProbe.logprobs": {"minItems": 1, "maxItems": MAX_PROBE_TOKENS - 1},
     "AdapterProbe.base_logprobs": {"maxItems": MAX_PROBE_TOKENS - 1},
-    "CommitPushRequest": {"required": ["requestId", "uploadId", "epoch"]},
+    "CommitPushRequest": {"required": ["requestId", "epoch"]},
     "CommitPushRequest.request_id": UUID,
     "CommitPushRequest.epoch": EPOCH,
     "ActivateAdapterRequest": {"required": ["requestId", "runId", "epoch"]},
