@@ -41,48 +41,48 @@ from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
 Body = dict[str, Any]
 Place = tuple[str | int, ...]
 ID = str(uuid.UUID(int=7))
-RUN: Body = {"runId": "run-1", "requestId": ID}
+RUN: Body = {"run_id": "run-1", "request_id": ID}
 WRITER: Body = {**RUN, "epoch": 1}
 BODIES: dict[str, list[Body]] = {
     **{name: list(examples.values()) for name, examples in EXAMPLES.items()},
     "GeneratorService.Generate": [
         *EXAMPLES["GeneratorService.Generate"].values(),
         {
-            "promptTokenIds": [1, 40],
+            "prompt_token_ids": [1, 40],
             "n": 1,
-            "policyVersion": "0",
-            "runId": "",
-            "sampling": {"maxTokens": 4, "temperature": 0, "topP": 1, "topK": 3, "seed": 1, "stopTokenIds": [2]},
+            "policy_version": "0",
+            "run_id": "",
+            "sampling": {"max_tokens": 4, "temperature": 0, "top_p": 1, "top_k": 3, "seed": 1, "stop_token_ids": [2]},
         },
     ],
-    "OrchestratorService.StartRun": [{"runId": "run-1", "configToml": "steps = 1"}],
-    "OrchestratorService.ListRuns": [{"pageSize": 10, "pageToken": "0"}],
+    "OrchestratorService.StartRun": [{"run_id": "run-1", "config_toml": "steps = 1"}],
+    "OrchestratorService.ListRuns": [{"page_size": 10, "page_token": "0"}],
     "OrchestratorService.CancelRun": [RUN],
-    "OrchestratorService.ResumeRun": [{**RUN, "fromStep": 1}],
-    "OrchestratorService.RollbackRun": [{**RUN, "toStep": 1}],
-    "OrchestratorService.ListSteps": [{"runId": "run-1", "firstStep": 0, "pageSize": 10}],
-    "RewardService.ListRewardModels": [{"pageSize": 10, "pageToken": "0"}],
+    "OrchestratorService.ResumeRun": [{**RUN, "from_step": 1}],
+    "OrchestratorService.RollbackRun": [{**RUN, "to_step": 1}],
+    "OrchestratorService.ListSteps": [{"run_id": "run-1", "first_step": 0, "page_size": 10}],
+    "RewardService.ListRewardModels": [{"page_size": 10, "page_token": "0"}],
     "AdapterService.BeginPush": [
         {
             **WRITER,
-            "policyVersion": "1",
-            "baseModelSha256": FAKE_BASE_SHA256,
+            "policy_version": "1",
+            "base_model_sha256": FAKE_BASE_SHA256,
             "rank": 2,
-            "targetModules": ["q_proj"],
+            "target_modules": ["q_proj"],
             "files": [
-                {"name": "adapter_config.json", "sizeBytes": "100", "sha256": "0" * 64},
-                {"name": "adapter_model.safetensors", "sizeBytes": "100", "sha256": "1" * 64},
+                {"name": "adapter_config.json", "size_bytes": "100", "sha256": "0" * 64},
+                {"name": "adapter_model.safetensors", "size_bytes": "100", "sha256": "1" * 64},
             ],
-            "probes": [{"tokenIds": [1, 2], "logprobs": [-1.5], "baseLogprobs": [-1.0]}],
+            "probes": [{"token_ids": [1, 2], "logprobs": [-1.5], "base_logprobs": [-1.0]}],
         }
     ],
-    "AdapterService.CommitPush": [{"requestId": ID, "uploadId": "none", "epoch": 1}],
+    "AdapterService.CommitPush": [{"request_id": ID, "upload_id": "none", "epoch": 1}],
     "AdapterService.ActivateAdapter": [
-        {**WRITER, "policyVersion": 1, "expectedRunId": "run-2", "expectedPolicyVersion": "3"}
+        {**WRITER, "policy_version": 1, "expected_run_id": "run-2", "expected_policy_version": "3"}
     ],
-    "AdapterService.RollbackAdapter": [{**WRITER, "expectedPolicyVersion": 2}],
-    "AdapterService.ListAdapters": [{"pageSize": 10, "pageToken": "0"}],
-    "AdapterService.DeleteAdapter": [{**WRITER, "policyVersion": 1}],
+    "AdapterService.RollbackAdapter": [{**WRITER, "expected_policy_version": 2}],
+    "AdapterService.ListAdapters": [{"page_size": 10, "page_token": "0"}],
+    "AdapterService.DeleteAdapter": [{**WRITER, "policy_version": 1}],
 }
 """Bodies that fit the schemas, with every field that has a limit."""
 OF_A_RUN = ("from_step minimum", "to_step minimum")
@@ -116,15 +116,15 @@ def spots(message: Descriptor, value: Body, place: Place = (), path: str = "") -
     """Yield every message in a body."""
     yield Spot(message, place, path)
     for field in message.fields:
-        if field.message_type is None or field.json_name not in value:
+        if field.message_type is None or field.name not in value:
             continue
         inner = ".".join(part for part in (path, field.name) if part)
-        held = value[field.json_name]
+        held = value[field.name]
         if not isinstance(held, list):
-            yield from spots(field.message_type, held, (*place, field.json_name), inner)
+            yield from spots(field.message_type, held, (*place, field.name), inner)
             continue
         for index, item in enumerate(held):
-            yield from spots(field.message_type, item, (*place, field.json_name, index), f"{inner}[{index}]")
+            yield from spots(field.message_type, item, (*place, field.name, index), f"{inner}[{index}]")
 
 
 def bad_values(limit: Body, value: Any) -> Iterator[tuple[str, Any]]:
@@ -186,7 +186,7 @@ def cases(*, good: bool) -> Iterator[Case]:
 
 def _cases_of(method: MethodDescriptor, body: Body, spot: Spot, *, good: bool) -> Iterator[Case]:
     for field in spot.message.fields:
-        place = (*spot.place, field.json_name)
+        place = (*spot.place, field.name)
         limit = LIMITS.get(f"{spot.message.name}.{field.name}", {})
         present = _value_at(body, place)
         path = ".".join(part for part in (spot.path, field.name) if part)
@@ -194,7 +194,7 @@ def _cases_of(method: MethodDescriptor, body: Body, spot: Spot, *, good: bool) -
             continue
         for keyword, value in good_values(limit) if good else bad_values(limit, present):
             yield Case(method, replaced(body, place, value), path, f"{field.name} {keyword}")
-        if not good and field.json_name in LIMITS.get(spot.message.name, {}).get("required", ()):
+        if not good and field.name in LIMITS.get(spot.message.name, {}).get("required", ()):
             yield Case(method, replaced(body, place, None), path, f"{field.name} required")
 
 
@@ -314,24 +314,24 @@ def test_every_limit_is_probed() -> None:
         for body in BODIES.get(name_of(method), [])
         for spot in spots(method.input_type, body)
         for field in spot.message.fields
-        if _value_at(body, (*spot.place, field.json_name)) is not None
+        if _value_at(body, (*spot.place, field.name)) is not None
     }
     assert sorted({key for key in LIMITS if "." in key} - reached) == []
 
 
 SAID = [{"role": "assistant", "content": "Yes."}]
-SAMPLING = {"n": 1, "sampling": {"maxTokens": 4}}
+SAMPLING = {"n": 1, "sampling": {"max_tokens": 4}}
 FORMS: list[tuple[str, Body]] = [
     ("GeneratorService.Generate", SAMPLING),
-    ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "promptTokenIds": [1]}),
+    ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "prompt_token_ids": [1]}),
     ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "messages": SAID}),
     ("RewardService.Score", {"items": [{"prompt": "p"}]}),
-    ("RewardService.Score", {"items": [{"promptTokenIds": [1]}]}),
+    ("RewardService.Score", {"items": [{"prompt_token_ids": [1]}]}),
     ("RewardService.Score", {"items": [{"response": "r", "messages": SAID}]}),
-    ("RewardService.Score", {"items": [{"response": "r", "promptTokenIds": [1]}]}),
+    ("RewardService.Score", {"items": [{"response": "r", "prompt_token_ids": [1]}]}),
     ("RewardService.Score", {"items": [{"prompt": "p", "messages": SAID}]}),
-    ("RewardService.Score", {"items": [{"prompt": "p", "responseTokenIds": [1]}]}),
-    ("RewardService.Score", {"items": [{"promptTokenIds": [1], "messages": SAID}]}),
+    ("RewardService.Score", {"items": [{"prompt": "p", "response_token_ids": [1]}]}),
+    ("RewardService.Score", {"items": [{"prompt_token_ids": [1], "messages": SAID}]}),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import json
 import re
@@ -24,9 +25,10 @@ from tests.unit.contract_comments import read_comments
 from tests.unit.reason_scan import ROOT
 from tether.errors import BY_CODE, InvalidArgumentError, ResourceExhaustedError, TetherError
 from tether.reasons import REASONS
+from tether.v1 import generator_pb2
 from tether_services.cli.main import main
 from tether_services.documents.__main__ import OPENAPI, PAGE, render, services
-from tether_services.documents.connect import HTTP_STATUSES, connect_error
+from tether_services.documents.connect import HTTP_STATUSES, connect_error, http_status
 from tether_services.documents.examples import EXAMPLES
 from tether_services.documents.files import read_openapi
 from tether_services.documents.limits import LIMITS
@@ -109,7 +111,7 @@ def test_limits_are_of_messages_and_fields_that_requests_have() -> None:
         forms = limit.get("oneOf", ())
         names = [*limit.get("required", ()), *(name for each in forms for name in each["required"])]
         names += [name for each in forms for name in each.get("properties", ())]
-        known = {field.json_name for field in sent[key.partition(".")[0]].fields}
+        known = {field.name for field in sent[key.partition(".")[0]].fields}
         assert set(names) <= known, key
 
 
@@ -131,13 +133,28 @@ def reachable(root: Descriptor) -> Iterator[Descriptor]:
 @each_method
 def test_whatever_a_service_can_answer_fits_its_schema(method: MethodDescriptor) -> None:
     service, schema = method.containing_service.name, method.output_type.name
-    answer = message_factory.GetMessageClass(method.output_type)()
-    assert problems(service, schema, json_format.MessageToDict(answer)) == []
-    fill(answer)
-    for always in (False, True):
-        value = json_format.MessageToDict(answer, always_print_fields_with_no_presence=always)
-        assert problems(service, schema, value) == []
-    assert not [field.name for field in method.output_type.fields if field.json_name not in value]
+    empty = as_json(message_factory.GetMessageClass(method.output_type)())
+    assert problems(service, schema, empty) == []
+    full = message_factory.GetMessageClass(method.output_type)()
+    fill(full)
+    value = as_json(full)
+    assert problems(service, schema, value) == []
+    assert sorted(value) == sorted(document(service)["components"]["schemas"][schema]["properties"])
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """Return a message as it is sent: with the names of the contract, and with fields that are 0 or empty."""
+    return json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def test_an_answer_has_every_field_without_presence_but_beside_an_error() -> None:
+    schemas = document("RewardService")["components"]["schemas"]
+    assert set(schemas["ScoreResponse"]["required"]) == {"scores", "model", "version", "model_sha256"}
+    assert schemas["ItemScore"]["required"] == []
+    assert problems("RewardService", "ScoreResponse", {"scores": [], "model": "m", "version": "1"}) != []
+    assert "next_step" not in document("OrchestratorService")["components"]["schemas"]["ListStepsResponse"]["required"]
 
 
 def fill(message: Message) -> None:
@@ -173,24 +190,28 @@ def scalar(kind: int) -> object:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("schema", "name", "value", "fits"),
     [
-        ("activePolicyVersion", "9007199254740993"),
-        ("activePolicyVersion", 3),
-        ("vocabSize", 259),
-        ("stopTokenIds", [1, 2]),
+        ("GetGeneratorResponse", "active_policy_version", "9007199254740993", True),
+        ("GetGeneratorResponse", "active_policy_version", 3, False),
+        ("GetGeneratorResponse", "active_policy_version", "three", False),
+        ("GetGeneratorResponse", "vocab_size", 259, True),
+        ("GetGeneratorResponse", "vocab_size", 2**31, False),
+        ("GetGeneratorResponse", "stop_token_ids", [1, 2], True),
+        ("GetGeneratorResponse", "stop_token_ids", 1, False),
+        ("SamplingParams", "seed", "9007199254740993", True),
+        ("SamplingParams", "seed", 3, True),
+        ("SamplingParams", "seed", 0.5, False),
+        ("SamplingParams", "ignore_eos", True, True),
+        ("SamplingParams", "ignore_eos", "true", False),
+        ("SamplingParams", "ignore_EOS", True, False),
     ],
 )
-def test_numbers_are_spelled_as_in_the_json_form_of_protobuf(name: str, value: object) -> None:
-    assert problems("GeneratorService", "GetGeneratorResponse", {name: value}) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("activePolicyVersion", 0.5), ("activePolicyVersion", "three"), ("vocabSize", 2**31), ("stopTokenIds", 1)],
-)
-def test_other_spellings_do_not_fit(name: str, value: object) -> None:
-    assert problems("GeneratorService", "GetGeneratorResponse", {name: value}) != []
+def test_values_are_spelled_as_in_the_json_form_of_protobuf(schema: str, name: str, value: object, fits: bool) -> None:
+    answer = as_json(generator_pb2.GetGeneratorResponse())
+    right = answer if schema == "GetGeneratorResponse" else {"max_tokens": 1}
+    assert problems("GeneratorService", schema, right) == []
+    assert (problems("GeneratorService", schema, right | {name: value}) == []) == fits
 
 
 def test_examples_are_of_methods_and_fit_their_schemas() -> None:
@@ -232,10 +253,8 @@ def test_a_method_lists_the_reasons_that_the_catalogue_gives_it(method: MethodDe
         for status, response in responses.items()
         for name in re.findall(r"`([A-Z_0-9]+)`", response["description"])
     }
-    places = {"every service", service, name_of(method)}
-    expected = {
-        (reason.name, str(HTTP_STATUSES[reason.code])) for reason in REASONS.values() if places & {*reason.places}
-    }
+    places = {"every service", "http", service, name_of(method)}
+    expected = {(reason.name, str(http_status(reason))) for reason in REASONS.values() if places & {*reason.places}}
     assert listed == expected
 
 
@@ -249,6 +268,12 @@ def test_the_reasons_of_a_method_are_not_those_of_its_items() -> None:
     assert "- `STALE_EPOCH`: " not in reason["description"]
 
 
+def test_a_reason_has_the_http_status_of_its_code_or_its_own() -> None:
+    entry = REASONS["TOO_LONG"]
+    assert http_status(entry) == 400
+    assert http_status(dataclasses.replace(entry, http_status=413)) == 413
+
+
 def test_every_status_code_has_its_http_status() -> None:
     assert set(HTTP_STATUSES) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
     assert set(BY_CODE) <= set(HTTP_STATUSES)
@@ -256,7 +281,7 @@ def test_every_status_code_has_its_http_status() -> None:
 
 def test_the_page_has_every_reason_and_every_code() -> None:
     page = (ROOT / PAGE).read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([A-Z][A-Z0-9_]*)`<br>([A-Z_]+) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z][A-Z0-9_]*)`<br>([A-Z_]+)(?:<br>HTTP \d+)? \|", page, re.MULTILINE)
     assert sorted(rows) == sorted((reason.name, reason.code.name) for reason in REASONS.values())
     for code, error in BY_CODE.items():
         assert f"| `{code.name}` | {code.value[0]} | `{error.__name__}` |" in page

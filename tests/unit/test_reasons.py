@@ -39,6 +39,7 @@ BACKING = {
     "ReferenceService": ("reference", "runtime"),
     "OrchestratorService": ("orchestrator", "runtime"),
     "every service": SERVING,
+    "http": ("runtime",),
     "start": SERVING,
     "run": (*SERVING, "tether"),
     "client": ("tether",),

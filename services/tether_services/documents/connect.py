@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 
 from tether.errors import TetherError
+from tether.reasons import Reason
 from tether_services.runtime.errors import to_status
 
 HTTP_STATUSES: Final = {
@@ -40,6 +41,11 @@ _DETAILS: Final[tuple[type[Message], ...]] = (
     error_details_pb2.BadRequest,
     error_details_pb2.RetryInfo,
 )
+
+
+def http_status(reason: Reason) -> int:
+    """Return the HTTP status of a reason: that of its code, unless HTTP has one for the case."""
+    return reason.http_status or HTTP_STATUSES[reason.code]
 
 
 def connect_code(code: grpc.StatusCode) -> str:

@@ -10,7 +10,7 @@ import grpc
 
 from tether.errors import BY_CODE, InvalidArgumentError, ResourceExhaustedError, TetherError
 from tether.reasons import GROUPS, PLACES, REPEATS, Group, Reason
-from tether_services.documents.connect import HTTP_STATUSES, connect_code, connect_error
+from tether_services.documents.connect import HTTP_STATUSES, connect_code, connect_error, http_status
 
 _HEAD: Final = """\
 <!-- Made from the code by scripts/generate_documents.sh; do not edit. -->
@@ -64,7 +64,7 @@ def describe_reason(entry: Reason) -> str:
     """Return an entry as lines of text for a terminal."""
     code = entry.code
     lines = (
-        f"{entry.name}  ({code.name}, HTTP {HTTP_STATUSES[code]}, {_class_name(code)})",
+        f"{entry.name}  ({code.name}, HTTP {http_status(entry)}, {_class_name(code)})",
         entry.meaning,
         f"What to do: {entry.remedy}",
         f"Call again? {REPEATS[entry.repeat]}",
@@ -123,7 +123,7 @@ def _repeats() -> str:
 def _group(group: Group) -> str:
     rows = [
         (
-            f"`{entry.name}`<br>{entry.code.name}",
+            f"`{entry.name}`<br>{entry.code.name}" + (f"<br>HTTP {entry.http_status}" if entry.http_status else ""),
             entry.meaning,
             entry.remedy,
             entry.repeat,

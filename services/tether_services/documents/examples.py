@@ -9,12 +9,12 @@ EXAMPLES: Final[dict[str, dict[str, Any]]] = {
         "text": {
             "prompt": "Once upon a time",
             "n": 2,
-            "sampling": {"maxTokens": 32, "temperature": 0.8, "topP": 0.95, "seed": "7"},
+            "sampling": {"max_tokens": 32, "temperature": 0.8, "top_p": 0.95, "seed": "7"},
         },
         "chat": {
             "messages": [{"role": "user", "content": "Tell me a story."}],
             "n": 1,
-            "sampling": {"maxTokens": 64, "stop": ["The end"]},
+            "sampling": {"max_tokens": 64, "stop": ["The end"]},
         },
     },
     "RewardService.Score": {
@@ -34,19 +34,19 @@ EXAMPLES: Final[dict[str, dict[str, Any]]] = {
                 }
             ]
         },
-        "token ids": {"items": [{"promptTokenIds": [1, 82], "responseTokenIds": [35, 107, 2]}]},
+        "token ids": {"items": [{"prompt_token_ids": [1, 82], "response_token_ids": [35, 107, 2]}]},
     },
     "RewardService.Compare": {
         "text": {"prompt": "Once upon a time", "responses": [" there was a happy dog.", " it rained."]}
     },
-    "RewardService.ListRewardModels": {"first page": {}, "two": {"pageSize": 2}},
+    "RewardService.ListRewardModels": {"first page": {}, "two": {"page_size": 2}},
     "ReferenceService.ComputeLogprobs": {
         "token ids": {
-            "items": [{"promptTokenIds": [1, 82], "responseTokenIds": [35, 107, 2]}],
+            "items": [{"prompt_token_ids": [1, 82], "response_token_ids": [35, 107, 2]}],
             "temperature": 1.0,
-            "includeEntropies": True,
+            "include_entropies": True,
         }
     },
-    "OrchestratorService.GetRun": {"run": {"runId": "run-1"}},
+    "OrchestratorService.GetRun": {"run": {"run_id": "run-1"}},
 }
 """Method -> name -> body."""

@@ -11,24 +11,24 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 import tether
 from tether.reasons import REASONS, Reason
-from tether_services.documents.connect import HTTP_STATUSES, connect_code
+from tether_services.documents.connect import HTTP_STATUSES, connect_code, http_status
 from tether_services.documents.examples import EXAMPLES
 from tether_services.documents.schemas import Comments, Schema, message_schemas, reference
 
 _ABOUT: Final = (
     "The unary methods of {name} as JSON over HTTP: POST with a JSON body, in the Connect protocol. The same service"
     " answers gRPC with the same limits and errors.\n\n"
-    "Bodies are the JSON form of the protobuf messages. Names are lowerCamelCase; those of the .proto files are"
-    " accepted too. 64-bit integers are sent as texts and accepted as both. In answers a field that has the default"
-    ' value of its type (0, "", false, empty) may be absent.\n\n'
-    "Every call needs the header Connect-Timeout-Ms. A failure is answered with an error body; branch on the `reason`"
-    " of its google.rpc.ErrorInfo."
+    "Bodies are the JSON form of the protobuf messages, with the field names of the .proto files; lowerCamelCase names"
+    " are accepted too. 64-bit integers are texts, and accepted as numbers too. Answers have every field, also one that"
+    " is 0 or empty, but those that the .proto files call optional, messages, and those beside an `error`.\n\n"
+    "A failure is answered with an error body; branch on the `reason` of its google.rpc.ErrorInfo."
 )
 _TIMEOUT: Final[Schema] = {
     "name": "Connect-Timeout-Ms",
     "in": "header",
-    "required": True,
-    "description": "Deadline of the call in milliseconds; at most `max_deadline_seconds` of the service.",
+    "required": False,
+    "description": "Deadline of the call in milliseconds, at most `max_deadline_seconds` of the service; its default"
+    " where there is none.",
     "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999_999},
     "example": 30_000,
 }
@@ -37,7 +37,7 @@ _ERRORS: Final[dict[str, Schema]] = {
     "Error": {
         "type": "object",
         "description": "Why a call failed.",
-        "required": ["code"],
+        "required": ["code", "message", "details"],
         "properties": {
             "code": {
                 "type": "string",
@@ -153,7 +153,6 @@ def _operation(method: MethodDescriptor, comments: Comments) -> dict[str, Any]:
                 "content": {"application/json": {"schema": reference(method.output_type.name)}},
             },
             **_failures(method),
-            "415": {"description": "The body is not of a content type that is read."},
             "default": _failure("Any other failure, mostly of a proxy."),
         },
     }
@@ -167,14 +166,14 @@ def _failures(method: MethodDescriptor) -> dict[str, Any]:
     """Return the failures of a method by HTTP status, each with its reasons."""
     by_status: dict[int, list[Reason]] = {}
     for reason in reasons_of(method):
-        by_status.setdefault(HTTP_STATUSES[reason.code], []).append(reason)
+        by_status.setdefault(http_status(reason), []).append(reason)
     return {str(status): _failure(_list(status, reasons)) for status, reasons in sorted(by_status.items())}
 
 
 def reasons_of(method: MethodDescriptor) -> list[Reason]:
     """Return the reasons that the catalogue gives for a method."""
     service = method.containing_service.name
-    places = {"every service", service, f"{service}.{method.name}"}
+    places = {"every service", "http", service, f"{service}.{method.name}"}
     return [reason for reason in REASONS.values() if places & set(reason.places)]
 
 
@@ -196,7 +195,7 @@ def _error_schemas(service: ServiceDescriptor) -> dict[str, Schema]:
 
 
 def _is_of(place: str, service: ServiceDescriptor) -> bool:
-    return place == "every service" or place.partition(".")[0] == service.name
+    return place in ("every service", "http") or place.partition(".")[0] == service.name
 
 
 def _failure(description: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """JSON Schemas of messages in the JSON mapping of proto3.
 
-Names are lowerCamelCase, 64-bit integers are texts (a number is accepted too), bytes are base64, enum values are their
-names, and times are RFC 3339 texts.
+Names are those of the contract, 64-bit integers are texts (in requests numbers too), bytes are base64, enum values are
+their names, and times are RFC 3339 texts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Comments = Mapping[str, str]
 """By full name."""
 
 _INT32: Final[Schema] = {"type": "integer", "format": "int32", "minimum": -(2**31), "maximum": 2**31 - 1}
-_INT64: Final[Schema] = {"type": ["integer", "string"], "format": "int64", "pattern": "^-?[0-9]{1,19}$"}
+_INT64: Final[Schema] = {"type": "string", "format": "int64", "pattern": "^-?[0-9]{1,19}$"}
 _SCALARS: Final[dict[int, Schema]] = {
     FieldDescriptor.TYPE_INT32: _INT32,
     FieldDescriptor.TYPE_SINT32: _INT32,
@@ -46,7 +46,8 @@ def message_schemas(roots: Iterable[Descriptor], comments: Comments, *, is_reque
     Args:
         roots: Requests or responses.
         comments: Become descriptions.
-        is_request: Whether limits hold, and unknown fields are refused.
+        is_request: Whether limits hold and unknown fields are refused; in answers every field without presence is
+            there, whatever its value.
     """
     schemas: dict[str, Schema] = {}
     waiting = [*roots]
@@ -74,17 +75,26 @@ def _enums(message: Descriptor) -> Iterator[EnumDescriptor]:
 
 
 def _message(message: Descriptor, comments: Comments, *, is_request: bool) -> Schema:
-    limits = LIMITS if is_request else {}
-    fields = {
-        field.json_name: _field(field, comments, limits=limits.get(f"{message.name}.{field.name}", {}))
-        for field in message.fields
-    }
+    fields = {field.name: _field(field, comments, is_request=is_request) for field in message.fields}
     schema: Schema = {"type": "object", **_description(message.full_name, comments), "properties": fields}
-    return schema | {"additionalProperties": False} | limits.get(message.name, {}) if is_request else schema
+    if is_request:
+        return schema | {"additionalProperties": False} | LIMITS.get(message.name, {})
+    return schema | {"required": always_there(message)}
 
 
-def _field(field: FieldDescriptor, comments: Comments, *, limits: Schema) -> Schema:
+def always_there(message: Descriptor) -> list[str]:
+    """Return the fields that an answer always has: none where an error may be there in their place."""
+    error = message.fields_by_name.get("error")
+    if error is not None and error.message_type is not None:
+        return []
+    return [field.name for field in message.fields if field.is_repeated or not field.has_presence]
+
+
+def _field(field: FieldDescriptor, comments: Comments, *, is_request: bool) -> Schema:
     described = _description(field.full_name, comments)
+    limits = LIMITS.get(field.full_name.removeprefix("tether.v1."), {}) if is_request else {}
+    if is_request and field.cpp_type == FieldDescriptor.CPPTYPE_INT64:
+        limits = {"type": ["integer", "string"], **limits}
     value = _map_value(field)
     if value is not None:
         return {"type": "object", **described, "additionalProperties": _value(value)}

@@ -26,6 +26,7 @@ REPEATS: Final[dict[Repeat, str]] = {
 PLACES: Final = {
     "every service": "any method of any service",
     "RewardService.Score.items": "an item of `Score`, as its own error; the call succeeds",
+    "http": "the HTTP port of any service",
     "client": "the Python client itself, without an answer of a service",
     "run": "the end of a training run, which GetRun and `tether run get` show",
     "start": "the start of a service, which it refuses or notes in its log",
@@ -50,6 +51,8 @@ class Reason:
     """Whether to make the same call again."""
     places: tuple[str, ...]
     """Who gives it: a key of `PLACES`, a service or one of its methods."""
+    http_status: int = 0
+    """Status over HTTP where that has one for the case; 0: the status of the code."""
 
 
 @dataclass(frozen=True, slots=True)
