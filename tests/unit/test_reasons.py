@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.reason_scan import ANY_CODE, ROOT, Given, Scan, Scanner, parse, read_source, written_words
 from tether.reasons import GROUPS, PLACES, REASONS, REPEATS, Reason, find_reason
-from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_pb2
+from tether_services.documents.__main__ import services
 
 UNCLEAR = {
     "tether_services.orchestrator.ledger_runs:pin": ("BASE_CHANGED", "REWARD_MODEL_CHANGED", "PROMPTS_CHANGED"),
@@ -26,11 +26,7 @@ UNCLEAR = {
 CODE_NAMES = {code.name for code in grpc.StatusCode} - {"OK"}
 """Reasons of failures that do not come from a tether service."""
 
-SERVICES = {
-    service.name: {method.name for method in service.methods}
-    for module in (generator_pb2, adapter_pb2, reward_pb2, reference_pb2, orchestrator_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-}
+SERVICES = {service.name: {method.name for method in service.methods} for service in services()}
 SERVING = ("generator", "reward", "reference", "orchestrator", "runtime")
 BACKING = {
     "GeneratorService": ("generator", "runtime"),
@@ -45,7 +41,7 @@ BACKING = {
     "client": ("tether",),
     "command": ("cli", "local", "recipes", "demo", "runtime", "tether"),
 }
-"""Place -> parts of the source whose reasons reach it."""
+"""Place -> parts of the source whose reasons reach it; a service of the contract needs a line."""
 EVERYWHERE = "tether.errors"
 """The module of the reasons that errors have by themselves: any part of the source gives these."""
 
@@ -150,6 +146,10 @@ def test_an_entry_says_all_there_is_to_say() -> None:
         for text in (entry.meaning, entry.remedy):
             assert len(text) > 10 and text[0] == text[0].upper() and text.endswith(".") and text.isascii(), entry.name
     assert sum(len(group.reasons) for group in GROUPS) == len(REASONS), "a reason has two entries"
+
+
+def test_every_service_and_every_other_place_has_parts_of_the_source() -> None:
+    assert set(BACKING) >= {*SERVICES, *(place for place in PLACES if "." not in place)}
 
 
 def test_places_are_methods_of_the_contract_or_have_a_meaning() -> None:

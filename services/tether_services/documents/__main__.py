@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,13 +13,12 @@ from typing import Final
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_pb2
+import tether.v1
 from tether_services.documents.comments import read_comments
 from tether_services.documents.error_page import error_page
 from tether_services.documents.files import FOLDER
 from tether_services.documents.openapi import build_document
 
-CONTRACT: Final = (generator_pb2, adapter_pb2, reward_pb2, reference_pb2, orchestrator_pb2)
 PAGE: Final = Path("docs/errors.md")
 OPENAPI: Final = Path("services/tether_services/documents") / FOLDER
 
@@ -48,9 +49,10 @@ def render(comments: dict[str, str]) -> dict[Path, str]:
 
 
 def services() -> Iterator[ServiceDescriptor]:
-    """Yield the services of the contract."""
-    for module in CONTRACT:
-        yield from module.DESCRIPTOR.services_by_name.values()
+    """Yield the services of the contract, in the order of their files."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(tether.v1.__path__)):
+        if name.endswith("_pb2"):
+            yield from importlib.import_module(f"tether.v1.{name}").DESCRIPTOR.services_by_name.values()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ ANY_CALL: Final = Group(
             name="DEADLINE_MISSING",
             code=StatusCode.INVALID_ARGUMENT,
             meaning="The call has no deadline.",
-            remedy="Set one: `timeout=` in gRPC, `Connect-Timeout-Ms` over HTTP. The Python client always does.",
+            remedy="Set one (`timeout=` in gRPC). The Python client always does.",
             repeat="no",
             places=EVERY,
         ),
@@ -116,7 +116,7 @@ ANY_CALL: Final = Group(
         Reason(
             name="INTERNAL",
             code=StatusCode.INTERNAL,
-            meaning="A defect of the service. The message holds no details, its log does.",
+            meaning="A defect of the service; its log has the details.",
             remedy="Report it with the time of the call.",
             repeat="no",
             places=(*ANYWHERE, "run"),

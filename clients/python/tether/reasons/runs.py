@@ -73,7 +73,7 @@ LEDGER: Final = Group(
             meaning="The checkpoint of that step is not kept any more.",
             remedy="Go back to one of the steps that the message names.",
             repeat="repaired",
-            places=(*RESUME, *ROLL_BACK, *RUN),
+            places=(*RESUME, *ROLL_BACK),
         ),
         Reason(
             name="CHECKPOINT_NOT_FOUND",
@@ -97,7 +97,7 @@ LEDGER: Final = Group(
             meaning="The checkpoint was written by another version of tether.",
             remedy="Use the version that wrote it.",
             repeat="repaired",
-            places=(*RESUME, *ROLL_BACK, *RUN),
+            places=RUN,
         ),
         Reason(
             name="CHECKPOINT_MISMATCH",
@@ -166,7 +166,7 @@ LEDGER: Final = Group(
         Reason(
             name="LEASE_LOST",
             code=StatusCode.ABORTED,
-            meaning="Another worker process has taken this run, or the lease ran out.",
+            meaning="Another worker process has taken this run.",
             remedy="This worker must stop; the orchestrator has started another one.",
             repeat="reread",
             places=RUN,
@@ -214,7 +214,7 @@ TRAINING: Final = Group(
             name="TOKENIZER_MISMATCH",
             code=StatusCode.FAILED_PRECONDITION,
             meaning="The reward model reads the policy's token ids with another tokenizer.",
-            remedy="Serve a reward model that was trained on this policy's base, or have responses scored as text.",
+            remedy="Serve a reward model that was trained on this policy's base.",
             repeat="repaired",
             places=RUN,
         ),
@@ -333,7 +333,7 @@ TRAINING: Final = Group(
         Reason(
             name="SCHEDULE_ENDED",
             code=StatusCode.FAILED_PRECONDITION,
-            meaning="The schedule of the learning rate has come to 0; a further step would change nothing.",
+            meaning="The schedule of the learning rate has ended; a further step would change nothing.",
             remedy="Raise the number of steps.",
             repeat="repaired",
             places=RUN,
