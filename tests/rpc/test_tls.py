@@ -25,7 +25,6 @@ from tether_services.runtime.reloading import Reloaded
 
 EXPIRY: Final = "tether_tls_certificate_expiry_timestamp_seconds"
 IDENTITY: Final = {"name": "trainer", "scopes": ["run.read"], "spiffe": "spiffe://prod/trainer"}
-SHORT: Final = {"options": [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]}
 
 
 def service_pair(kind: str) -> Pair:
