@@ -54,8 +54,8 @@ class Port:
     """Full names of its services, for health and reflection."""
     register: Callable[[grpc.aio.Server], None]
     """Adds the servicers."""
-    max_message_bytes: int | None = None
-    """Largest message accepted on this port; None takes the service's setting."""
+    max_message_bytes: int = DATA_MESSAGE_BYTES
+    """Largest message accepted on this port."""
 
 
 @runtime_checkable
@@ -257,13 +257,10 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
         self._check_address(port.address, field=port.setting)
-        settings = self._settings
-        size = port.max_message_bytes or settings.max_message_bytes
-        options = server_options(size, settings.max_metadata_bytes)
-        server = grpc.aio.server(interceptors=[chain], options=options)
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
-        if shows_reflection(settings, port.address):
+        if shows_reflection(self._settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
         return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
 
@@ -289,6 +286,9 @@ class ServiceRunner:
         await server.start()
         self._servers.append(server)
         return number
+
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        return server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
 
     def _check_address(self, address: str, *, field: str) -> None:
         lacking = lacking_protections(self._settings)
