@@ -25,7 +25,7 @@ from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server, watch_tasks
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
@@ -226,6 +226,7 @@ class ServiceRunner:
         if self._settings.health_address:
             self.health_port = await self._listen_for_health()
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
+        watch_tasks(self._service.name, self._registry)
         ports = {"ports": self.bound_ports, "health_port": self.health_port, "metrics_port": metrics_port}
         log_event(log, "listening", level=logging.INFO, **ports, **describe_security(self._settings))
         self._file_watch = asyncio.create_task(access.watch_files())
@@ -288,7 +289,9 @@ class ServiceRunner:
         return number
 
     def _options(self, port: Port) -> list[tuple[str, int]]:
-        return server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        given = server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
+        return list((dict(given) | age).items())
 
     def _check_address(self, address: str, *, field: str) -> None:
         lacking = lacking_protections(self._settings)
@@ -305,9 +308,10 @@ class ServiceRunner:
             )
 
     async def close(self) -> None:
-        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining")
+        """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
+        await asyncio.sleep(self._settings.drain_notice_seconds)
         for watch in (self._watch, self._file_watch):
             if watch is not None:
                 watch.cancel()
