@@ -5,6 +5,7 @@
 
 from tether.adapter import ActiveAdapter, Adapter, AdapterClient, AdapterProbe, AdapterPush, CommitStage, PushResult
 from tether.client import Client
+from tether.credentials import TlsFiles
 from tether.errors import (
     AbortedError,
     CancelledError,
@@ -82,6 +83,7 @@ __all__ = [
     "StepEvent",
     "StepState",
     "TetherError",
+    "TlsFiles",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tether.channel import DEFAULT_TIMEOUT_SECONDS, ServiceClient
+from tether.credentials import CredentialOptions, Tls, Token
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether.generator import GeneratorClient
 from tether.orchestrator import OrchestratorClient, Run, StepEvent
@@ -53,6 +54,9 @@ class Client:
         reference: str = "",
         orchestrator: str = "",
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        token: Token = None,
+        tls: Tls = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         """Remember where the services are; nothing is opened before the first call.
 
@@ -62,7 +66,11 @@ class Client:
             reference: Target of the reference server.
             orchestrator: Target of the orchestrator.
             timeout_seconds: Deadline of each call that does not set its own.
+            token: Shown to all of them; as in the async clients, as all that follows.
+            tls: Files of TLS.
+            allow_plaintext_token: Send the token to another machine although there is no TLS.
         """
+        options: CredentialOptions = {"token": token, "tls": tls, "allow_plaintext_token": allow_plaintext_token}
         targets: dict[type[ServiceClient], str] = {
             GeneratorClient: generator,
             RewardClient: reward,
@@ -70,7 +78,7 @@ class Client:
             OrchestratorClient: orchestrator,
         }
         self._services = {
-            kind: kind(target, timeout_seconds=timeout_seconds) for kind, target in targets.items() if target
+            kind: kind(target, timeout_seconds=timeout_seconds, **options) for kind, target in targets.items() if target
         }
         self._is_closed = False
         self._closing = threading.Lock()
