@@ -32,6 +32,7 @@ from tether.reward import (
     RewardClient,
     RewardModel,
     ScoreComponent,
+    ScoredItem,
     ScoreItem,
     ScoreResult,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",
+    "ScoredItem",
     "StepEvent",
     "StepState",
     "TetherError",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tether.channel import DEFAULT_TIMEOUT_SECONDS, ServiceClient
 from tether.credentials import CredentialOptions, Tls, Token
-from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError
 from tether.generator import GeneratorClient
 from tether.orchestrator import OrchestratorClient, Run, StepEvent
 from tether.reference import ReferenceClient
-from tether.reward import ItemScore, RewardClient, ScoreItem
+from tether.reward import ItemScore, RewardClient, ScoredItem, ScoreItem
+from tether.score_stream import CONCURRENCY, OnScored, ScoreStream, StreamOptions
 
 __all__ = ["Client"]
 
@@ -131,6 +133,42 @@ class Client:
         if score.error is not None:
             raise score.error
         return score
+
+    def score_many(
+        self,
+        items: Iterable[ScoreItem],
+        *,
+        model: str = "",
+        version: str = "",
+        one_version: bool = True,
+        concurrency: int = CONCURRENCY,
+        on_progress: OnScored | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Iterator[ScoredItem]:
+        """Yield the scores of any number of items, in their order; arguments and errors as `RewardClient.score_many`.
+
+        The items are read, and `on_progress` is called, in the thread that takes the results.
+        """
+        options = StreamOptions(model, version, one_version, concurrency, timeout_seconds)
+        stream = ScoreStream(self._service(RewardClient), options)
+        try:
+            self._run(stream.open())
+            for item in items:
+                stream.add(item)
+                while stream.is_due:
+                    yield from self._advance(stream, on_progress)
+            stream.end()
+            while stream.is_due:
+                yield from self._advance(stream, on_progress)
+        finally:
+            with contextlib.suppress(TetherError):  # of a client that is closed, whose calls have ended
+                self._run(stream.close())
+
+    def _advance(self, stream: ScoreStream, on_progress: OnScored | None) -> list[ScoredItem]:
+        scored = self._run(stream.advance())
+        if scored and on_progress is not None:
+            on_progress(scored[-1].index + 1)
+        return scored
 
     score_items = _synchronous(RewardClient, RewardClient.score)
     compare = _synchronous(RewardClient, RewardClient.compare)
