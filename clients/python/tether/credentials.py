@@ -30,6 +30,8 @@ TLS_VARIABLES: Final = {
     "key_file": "TETHER_KEY_FILE",
 }
 """Names of the variables that hold the fields of TlsFiles; where one is set, TLS is used."""
+VARIABLES: Final = frozenset({TOKEN_VARIABLE, TOKEN_FILE_VARIABLE, *TLS_VARIABLES.values()})
+"""All of them."""
 _TOKEN_CHARACTERS: Final = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750, section 2.1
 _UNENCRYPTED: Final = ("unix:", "unix-abstract:")
 """Schemes of targets that never leave the machine."""

@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 import tether
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
+from tether_services.cli.connection import add_credentials
 from tether_services.cli.data_commands import add_data
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
@@ -208,6 +209,7 @@ def _add_generate(commands: Commands) -> None:
 def _add_address(parser: argparse.ArgumentParser, default: str, service: str) -> None:
     parser.add_argument("--address", default=default, metavar="HOST:PORT", help=f"of the {service} ({default})")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="deadline of a call (120)")
+    add_credentials(parser)
 
 
 def _serve(known: argparse.Namespace) -> int:
