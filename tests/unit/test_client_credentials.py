@@ -14,6 +14,7 @@ from tests.rpc.tls_files import Authority, write_files
 from tether import AdapterClient, Client, InvalidArgumentError, RewardClient, TlsFiles
 from tether.channel import open_channel
 from tether.credentials import Credentials, Tls, Token, is_loopback
+from tether_services.local.supervision import without_credentials
 
 SECRET = "tth_canary.0123456789"
 LOOPBACK = "127.0.0.1:50052"
@@ -215,3 +216,9 @@ def test_the_environment_reaches_a_client_that_is_given_nothing() -> None:
     environ = {**os.environ, "TETHER_TOKEN": SECRET}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=60)
     assert done.stdout.strip() == "Credentials(token=set, tls=off)", done.stderr
+
+
+def test_services_started_here_do_not_take_over_the_credentials_of_the_environment() -> None:
+    variables = ("TETHER_TOKEN", "TETHER_TOKEN_FILE", "TETHER_CA_FILE", "TETHER_CERTIFICATE_FILE", "TETHER_KEY_FILE")
+    kept = {"PATH": "/bin", "TETHER_REWARD__CREDENTIALS": "x"}
+    assert without_credentials({**dict.fromkeys(variables, "x"), **kept}) == kept

@@ -138,7 +138,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**_without_credentials(os.environ), **self.spec.environment},
+                env={**without_credentials(os.environ), **self.spec.environment},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the children in order
             )
         self._started = time.monotonic()
@@ -256,6 +256,6 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _without_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+def without_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without the defaults of clients: they are meant for services elsewhere, not on loopback."""
     return {name: value for name, value in environ.items() if name not in VARIABLES}
