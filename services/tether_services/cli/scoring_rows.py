@@ -104,7 +104,7 @@ def _refuse(name: str) -> None:
 
 def _item(form: tuple[str, ...], values: Mapping[str, Any]) -> ScoreItem:
     if form == FORMS[0]:
-        return ScoreItem(*(_text(values[key], key) for key in form))
+        return ScoreItem(_text(values["prompt"], "prompt"), _text(values["response"], "response"))
     if form == FORMS[1]:
         return ScoreItem(messages=_messages(values["messages"]))
     prompt, response = (_token_ids(values[key], key) for key in form)
