@@ -311,6 +311,13 @@ def test_a_command_that_is_ended_in_the_middle_is_resumed(sent: signal.Signals, 
     assert [row["score"] for row in written] == [float(1 + index % 50) for index in range(1000)]
 
 
+def test_a_reader_that_has_enough_ends_it_quietly(target: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(5000))
+    tether = f"{sys.executable} -m tether_services score {rows} --address {target}"
+    done = subprocess.run(f"{tether} | head -n 1", shell=True, capture_output=True, text=True, timeout=60)
+    assert len(read(done.stdout)) == 1 and "Traceback" not in done.stderr and "rror" not in done.stderr
+
+
 def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", pairs(2000))
     with serving_in_thread(Rewards().add) as target:

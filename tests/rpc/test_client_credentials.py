@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio
 
+import tether.rotation
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer
 from tests.rpc.test_client_watch import RUNNING, SUCCEEDED, run_event
@@ -274,6 +275,7 @@ def test_a_call_that_waits_for_a_connection_takes_up_files_that_are_replaced_mea
 
             client._comes_back = note  # type: ignore[method-assign]
             await waiting.wait()
+            await asyncio.sleep(tether.rotation.LOOK_SECONDS + 0.5)  # until it waits for a connection of the old files
             write_files(tmp_path, right)
             assert (await call).scores[0].score == 14.0
 

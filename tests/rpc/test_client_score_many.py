@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
@@ -330,6 +331,30 @@ def test_a_call_that_fails_for_another_reason_says_how_many_items_were_delivered
     assert [each.index for each in delivered] == list(range(30))
     assert isinstance(error, InternalError) and error.reason == "ODD"
     assert "30 items were scored and delivered before" in error.message
+
+
+def test_an_overload_that_a_proxy_tells_is_no_fault_of_the_items() -> None:
+    """Envoy answers 429 with this code and no details."""
+
+    class Proxied(Rewards):
+        async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> Any:
+            self.calls += 1
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too Many Requests")
+
+    servicer = Proxied()
+    delivered, error = collect(servicer, numbered(100))
+    assert not delivered and isinstance(error, ResourceExhaustedError) and servicer.calls == 1
+
+
+def test_an_answer_about_another_number_of_items_is_not_used() -> None:
+    class Short(Rewards):
+        async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
+            response = await super().Score(request, context)
+            del response.scores[-1]
+            return response
+
+    delivered, error = collect(Short(), numbered(30))
+    assert not delivered and isinstance(error, InternalError) and "10 items with 9 scores" in error.message
 
 
 def test_refused_deadlines_are_no_fault_of_the_items() -> None:

@@ -61,12 +61,21 @@ class CredentialChannel(grpc.aio.Channel):
 
     async def channel_ready(self) -> None:
         """Return once there is a connection."""
-        while True:
-            try:
-                await asyncio.wait_for(self.current().channel.channel_ready(), LOOK_SECONDS)
-            except TimeoutError:
-                continue
-            return
+        while not await self._is_ready(self.current()):
+            pass
+
+    async def _is_ready(self, generation: _Generation) -> bool:
+        """Return True once a channel has a connection, False once it is not the newest any more."""
+        ready = asyncio.ensure_future(generation.channel.channel_ready())
+        try:
+            while self.current() is generation:
+                if (await asyncio.wait((ready,), timeout=LOOK_SECONDS))[0]:
+                    await ready
+                    return True
+            return False
+        finally:
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
 
     def unary_unary(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Return a method of the service, as `grpc.aio.Channel.unary_unary`."""

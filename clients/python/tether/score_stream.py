@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 from tether.errors import (
     FailedPreconditionError,
     FieldViolation,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -32,6 +33,9 @@ CALL_BYTES: Final = 512 * 1024
 """Bytes of one call at most, half of the smallest limit that a service has; a larger item goes alone."""
 CALL_ITEMS: Final = 64
 """Items of one call where the service does not state its limit."""
+
+TOO_LARGE: Final = "message larger than max"
+"""What gRPC says of a message above a limit, its own or the service's; proxies use the same code for overload."""
 
 OnScored = Callable[[int], None]
 """Called with the number of items that are done."""
@@ -213,6 +217,8 @@ class ScoreStream:
                 return [(failed_score(error), None)]
             half = len(messages) // 2
             return [*await self._ask(messages[:half]), *await self._ask(messages[half:])]
+        if len(result.scores) != len(messages):
+            raise InternalError(f"The service answered {len(messages)} items with {len(result.scores)} scores.")
         origin = _Origin(result.model, result.version, result.model_sha256)
         return [(score, origin) for score in result.scores]
 
@@ -233,9 +239,7 @@ def _blames_items(error: TetherError) -> bool:
     """Return whether a call failed for what is in it, so that a smaller one may do better."""
     if isinstance(error, InvalidArgumentError):
         return bool(error.violations) and all(v.field.startswith("items") for v in error.violations)
-    if isinstance(error, ResourceExhaustedError):  # gRPC's own word for a message above the limit
-        return error.retry_after_seconds is None and error.reason == error.code.name
-    return False
+    return isinstance(error, ResourceExhaustedError) and TOO_LARGE in error.message
 
 
 def _changed(origin: _Origin | None, why: str) -> FailedPreconditionError:
