@@ -85,6 +85,16 @@ def test_a_row_is_written_per_row_with_its_other_keys(
     assert "score 150/150" in shown.err, "a plain line where there is no terminal"
 
 
+def test_on_a_terminal_there_is_a_bar(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(70))
+    assert score(rows, "--output", tmp_path / "out", target=target) == 0
+    shown = capsys.readouterr()
+    assert "70/70" in shown.err and "elapsed" not in shown.err and not shown.out
+
+
 def test_rows_may_have_any_form_and_come_from_stdin(
     target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -207,8 +207,8 @@ def test_two_hundred_thousand_items_need_the_memory_of_a_few_calls() -> None:
     max_items, tracked, memory = 500, Tracked(200_000), []
 
     async def scenario() -> None:
-        values: Any = {"max_items": max_items, "batch": {"queue_limit": 8192}}
-        async with fake_service(**values) as served, RewardClient(served.target, timeout_seconds=60) as client:
+        servicer = Rewards(max_items=max_items)
+        async with serving_scripted(servicer.add) as target, RewardClient(target, timeout_seconds=60) as client:
             async for scored in client.score_many(tracked.items()):
                 assert scored.index == tracked.delivered
                 tracked.delivered += 1
@@ -443,7 +443,7 @@ def test_the_synchronous_client_may_leave_early_or_be_closed_under_it() -> None:
         client = Client(reward=target)
         first = next(scores := client.score_many(numbered(500)))
         assert first.index == 0
-        scores.close()  # type: ignore[attr-defined]
+        scores.close()
         scores = client.score_many(numbered(500))
         next(scores)
         client.close()

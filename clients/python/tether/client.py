@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -144,7 +144,7 @@ class Client:
         concurrency: int = CONCURRENCY,
         on_progress: OnScored | None = None,
         timeout_seconds: float | None = None,
-    ) -> Iterator[ScoredItem]:
+    ) -> Generator[ScoredItem, None, None]:
         """Yield the scores of any number of items, in their order; arguments and errors as `RewardClient.score_many`.
 
         The items are read, and `on_progress` is called, in the thread that takes the results.
