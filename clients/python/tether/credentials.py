@@ -109,8 +109,8 @@ class Credentials:
         files = _tls_of(environ) if tls is None else tls or None
         if token and files is None and not (allow_plaintext_token or is_loopback(target)):
             message = (
-                f"The token would be sent to {target} unencrypted. Give tls=TlsFiles(ca_file=...), or"
-                " allow_plaintext_token=True on a network where nobody else reads"
+                f"The token would be sent to {target} unencrypted. Use TLS (a CA file), or allow_plaintext_token on a"
+                " network where nobody else reads"
             )
             raise InvalidArgumentError(message, field="token", reason="PLAINTEXT_TOKEN")
         self._token = _watch_token(token) if token else None
