@@ -195,7 +195,9 @@ def test_an_existing_file_is_neither_overwritten_nor_written_by_two(
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("cut", ["after a row", "within a row", "before the first", "after the last", "no file"])
+@pytest.mark.parametrize(
+    "cut", ["after a row", "within a row", "before the first", "after the last", "torn after all", "no file"]
+)
 def test_resuming_makes_the_same_file_as_one_go(cut: str, tmp_path: Path) -> None:
     rows, whole, out = write_rows(tmp_path / "rows.jsonl", pairs(95)), tmp_path / "whole", tmp_path / "out"
     servicer = Rewards()
@@ -207,10 +209,11 @@ def test_resuming_makes_the_same_file_as_one_go(cut: str, tmp_path: Path) -> Non
             "within a row": b"".join(lines[:41]) + lines[41][:30],
             "before the first": lines[0][:5],
             "after the last": b"".join(lines),
+            "torn after all": b"".join(lines) + b'{"id": "row',
         }
         if cut in begun:
             out.write_bytes(begun[cut])
-        kept = {"before the first": 0, "no file": 0, "after the last": 95}.get(cut, 41)
+        kept = {"before the first": 0, "no file": 0, "after the last": 95, "torn after all": 95}.get(cut, 41)
         servicer.sizes.clear()
         assert score(rows, "--output", out, "--resume", target=target) == 0
     assert out.read_bytes() == whole.read_bytes()
