@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -29,6 +29,9 @@ from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
+
+if TYPE_CHECKING:
+    from tether_services.runtime.http.port import HttpPort
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +158,7 @@ class ServiceRunner:
         self._service = service
         self._registry = registry
         self._servers: list[grpc.aio.Server] = []
+        self._http: HttpPort | None = None
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -165,6 +169,8 @@ class ServiceRunner:
         )
         self.bound_ports: list[int] = []
         """Port numbers in use, in the order of `Service.ports`."""
+        self.http_port: int | None = None
+        """Port number in use for HTTP; None where it is not served."""
 
     async def run(self) -> int:
         """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
@@ -204,11 +210,15 @@ class ServiceRunner:
             readiness_guard(lambda: self.health.not_ready_reason),
             deadline_guard(self._settings.max_deadline_seconds),
         ]
-        chain = Chain(Pipeline(guards, metrics))
+        pipeline = Pipeline(guards, metrics)
         for port in self._service.ports():
-            self.bound_ports.append(await self._listen(port, chain))
+            self.bound_ports.append(await self._listen(port, Chain(pipeline)))
+        if self._settings.http_address:
+            self.http_port = await self._listen_http(self._service.ports()[0], pipeline)
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
-        log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
+        log_event(
+            log, "listening", ports=self.bound_ports, http_port=self.http_port, metrics_port=metrics_port, auth="none"
+        )
         if isinstance(self._service, Fallible):
             self._service.on_failure(self._engine_failed)
         if isinstance(self._service, Parted):
@@ -252,12 +262,29 @@ class ServiceRunner:
         self._servers.append(server)
         return number
 
+    async def _listen_http(self, port: Port, pipeline: Pipeline) -> int:
+        """Serve the methods of a port, the data port, over HTTP as well, and return the number."""
+        from tether_services.runtime.http.port import HttpOptions, HttpPort  # only where it is asked for
+
+        settings = self._settings
+        check_bind_address(settings.http_address, insecure=settings.insecure, field="http_address")
+        options = HttpOptions(
+            pipeline,
+            default_seconds=min(settings.http_timeout_seconds, settings.max_deadline_seconds),
+            not_ready=lambda: self.health.not_ready_reason,
+        )
+        http = HttpPort(port, options)
+        number = await http.start(settings.http_address)
+        self._http = http
+        return number
+
     async def close(self) -> None:
         """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
         log_event(log, "draining")
         await self.health.draining()
         if self._watch is not None:
             self._watch.cancel()
-        await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))
+        grace = self._settings.drain_seconds
+        await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()
         log_event(log, "stopped")
