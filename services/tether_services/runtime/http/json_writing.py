@@ -1,8 +1,8 @@
 """Writes a response message as JSON by protobuf's own mapping, with the field names of the protos.
 
 Where the mapping leaves a choice: fields without presence are written even if they are zero, so that a score of 0 is
-there to be seen; but a message whose field `error` is set has that and no zeros beside it. A float is written as the
-double of the same value, which is what gRPC clients in Python see.
+there to be seen; but a message with another one in its field `error` has that and no zeros beside it. A float is written
+as the double of the same value, which is what gRPC clients in Python see.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def _plain(message: Message) -> Any:
     if descriptor.full_name in OWN_FORMS:
         return message.ToJsonString()  # type: ignore[attr-defined]
     fields: Iterable[Any] = descriptor.fields
-    if "error" in descriptor.fields_by_name and message.HasField("error"):
+    error = descriptor.fields_by_name.get("error")
+    if error is not None and error.message_type is not None and message.HasField("error"):
         fields = [field for field, _value in message.ListFields()]
     written = {}
     for field in fields:
