@@ -108,10 +108,24 @@ def test_all_forms_of_an_integer_that_the_mapping_knows_are_read(text: str) -> N
     assert read(generator_pb2.GenerateRequest(), text) == generator_pb2.GenerateRequest(n=3)
 
 
+def test_a_long_run_of_digits_in_a_text_is_a_text() -> None:
+    assert read(generator_pb2.GenerateRequest(), f'{{"prompt":"{"7" * 5000}","n":2}}').n == 2
+
+
+def test_a_list_is_written_whole_though_in_pieces() -> None:
+    for count in (0, 1, 4095, 4096, 4097, 9000):
+        message = generator_pb2.Completion(token_ids=range(count))
+        assert json.loads(write_message(message))["token_ids"] == list(range(count))
+
+
 def test_special_numbers_are_read_from_texts_and_left_to_the_service() -> None:
     for text in ("NaN", "Infinity", "-Infinity", "1e-3"):
         message = read(reference_pb2.ComputeLogprobsRequest(), f'{{"temperature":"{text}"}}')
         assert message.temperature == float(text) or math.isnan(message.temperature)
+
+
+def of(message: type[Message]) -> Any:
+    return message.DESCRIPTOR
 
 
 BAD = [
@@ -127,6 +141,8 @@ BAD = [
     ('{"sampling":{"temperature":NaN}}', "MALFORMED_JSON", None),
     ('{"sampling":{"temperature":-Infinity}}', "MALFORMED_JSON", None),
     ('{"n":' + "9" * 5000 + "}", "MALFORMED_JSON", None),
+    ('{"n":' + "9" * 80 + "}", "MALFORMED_JSON", None),
+    ('{"n":' + "9" * 79 + "}", "OUT_OF_RANGE", "n"),
     ("[]", "WRONG_TYPE", None),
     ("3", "WRONG_TYPE", None),
     ('{"n":3,"n":4}', "DUPLICATE_FIELD", None),
@@ -210,7 +226,7 @@ def test_a_document_of_too_many_values_is_refused_before_it_is_built() -> None:
 
 
 def test_messages_without_rules_for_reading_are_refused_when_the_service_starts() -> None:
-    check_readable(generator_pb2.GenerateRequest.DESCRIPTOR)
+    check_readable(of(generator_pb2.GenerateRequest))
     for message in (adapter_pb2.PushChunksRequest, orchestrator_pb2.StepEvent, orchestrator_pb2.WatchRunResponse):
         with pytest.raises(NotImplementedError, match=r"tether\.v1"):
-            check_readable(message.DESCRIPTOR)
+            check_readable(of(message))

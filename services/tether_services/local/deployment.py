@@ -28,7 +28,7 @@ PORTS: Final = range(20_000, 32_000)
 METRICS_PORTS: Final = (9101, 9102, 9103, 9104)
 HTTP_PORTS: Final = (8051, 8052, 8053, 8054)
 USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, *METRICS_PORTS, *HTTP_PORTS)
-"""Defaults of the services and the clients: generator, adapter, reward, reference, orchestrator, then metrics and HTTP."""
+"""Defaults of services and clients: generator, adapter, reward, reference, orchestrator, then metrics and HTTP."""
 FOLDER: Final = "_services"
 """Folder of configurations, logs and pushed adapters in the state folder; no run can have this name."""
 DRAIN_SECONDS: Final = 5.0

@@ -20,10 +20,20 @@ from tether.errors import (
     InvalidArgumentError,
     PermissionDeniedError,
     TetherError,
+    UnavailableError,
     UnimplementedError,
 )
 from tether_services.runtime.http.answers import CLOSE, Answer, Receive, Refused, Send, error_answer
-from tether_services.runtime.http.bodies import BodyLimits, Budget, Gone, Incoming, read_body, too_large, unpack_gzip
+from tether_services.runtime.http.bodies import (
+    BodyLimits,
+    Budget,
+    Gone,
+    Incoming,
+    Share,
+    read_body,
+    too_large,
+    unpack_gzip,
+)
 from tether_services.runtime.http.json_writing import write_json
 from tether_services.runtime.http.methods import EXCHANGE, ConnectMethods, Exchange, Form
 from tether_services.runtime.logging import log_event
@@ -31,7 +41,10 @@ from tether_services.runtime.logging import log_event
 log = logging.getLogger(__name__)
 
 MAX_HEADERS: Final = 64
-"""Of a request; their size is bounded before."""
+"""Of a request."""
+HEAD_BYTES: Final = 16 * 1024
+"""Path and headers, as for the metadata of gRPC."""
+HTTP_VERSIONS: Final = ("1.0", "1.1")
 TIMEOUT_PATTERN: Final = re.compile(r"[0-9]{1,10}")
 LENGTH_PATTERN: Final = re.compile(r"[0-9]{1,18}")
 FORMS: Final[Mapping[str, Form]] = {
@@ -67,7 +80,7 @@ class FrontOptions:
     """For a whole body to arrive."""
     body_idle_seconds: float = 10.0
     """For the next piece of a body to arrive."""
-    linger_seconds: float = 2.0
+    linger_seconds: float = 1.0
     """For a caller to stop sending a body that was refused, before the connection is cut."""
     bodies: int = 8
     """The bodies in flight hold as much memory as this many of the largest, together."""
@@ -97,34 +110,36 @@ class Front:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
-        arrived = time.monotonic()
-        send, body = self._closing(send), Incoming(receive)
+        out, body = _Outgoing(self, send), Incoming(receive)
         try:
             with self._budget.share() as share:
-                if scope["method"] in ("GET", "HEAD"):
-                    await self._read_only(scope["path"]).send(send)
-                    return
-                exchange = self._open(scope, arrived)
-                limits = self._limit_body(exchange)
-                raw = await read_body(body, limits, share)
-                if _header(exchange, "content-encoding") == "gzip":
-                    loop = asyncio.get_running_loop()
-                    raw = await loop.run_in_executor(self._converters, unpack_gzip, raw, limits.max_bytes)
-                    share.take(len(raw))
-                EXCHANGE.set(exchange)
-                await self._methods(_inner_scope(scope, exchange), _replay(raw, body), _translate(exchange, send))
+                await self._answer(scope, body, out, share)
         except Gone:
             pass
         except Refused as refused:
-            await self._refuse(refused, scope, body, send)
+            await self._refuse(refused, scope, body, out)
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+            message = "The service is draining, and had no more time for this call; call again."
+            if not out.begun:
+                await error_answer(503, UnavailableError(message, reason="DRAINING")).send(out)
 
-    def _closing(self, send: Send) -> Send:
-        async def deliver(message: Any) -> None:
-            if self.draining and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], CLOSE]
-            await send(message)
-
-        return deliver
+    async def _answer(self, scope: MutableMapping[str, Any], body: Incoming, send: Send, share: Share) -> None:
+        arrived = time.monotonic()
+        _check_head(scope)
+        if scope["method"] in ("GET", "HEAD"):
+            await self._read_only(scope["path"]).send(send)
+            return
+        exchange = self._open(scope, arrived)
+        limits = self._limit_body(exchange)
+        raw = await read_body(body, limits, share)
+        if _header(exchange, "content-encoding") == "gzip":
+            loop = asyncio.get_running_loop()
+            raw = await loop.run_in_executor(self._converters, unpack_gzip, raw, limits.max_bytes)
+            share.take(len(raw))
+        EXCHANGE.set(exchange)
+        await self._methods(_inner_scope(scope, exchange), _replay(raw, body), _translate(exchange, send))
 
     def _read_only(self, path: str) -> Answer:
         if path == "/healthz":
@@ -152,7 +167,7 @@ class Front:
             raise Refused(405, _unimplemented(message, "METHOD_NOT_ALLOWED"), headers=[(b"allow", b"POST")])
         metadata = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
         headers = dict(metadata)
-        _check_headers(headers, count=len(metadata))
+        _check_headers(headers)
         form = _choose_form(headers)
         seconds = _read_timeout(headers, self._options.default_seconds)
         return Exchange(form, metadata, scope["state"].get("identities", ()), arrived + seconds)
@@ -194,10 +209,38 @@ def _is_small(headers: Mapping[bytes, bytes]) -> bool:
     return small and b"transfer-encoding" not in headers
 
 
-def _check_headers(headers: Mapping[str, str], *, count: int) -> None:
-    if count > MAX_HEADERS:
-        message = f"{count} headers; at most {MAX_HEADERS} are accepted."
-        raise Refused(431, InvalidArgumentError(message, field="headers", reason="TOO_MANY_HEADERS"))
+class _Outgoing:
+    """ASGI's send, and whether the answer has begun. Says that the connection ends while the service drains."""
+
+    def __init__(self, front: Front, send: Send) -> None:
+        self._front = front
+        self._send = send
+        self.begun = False
+
+    async def __call__(self, message: Any) -> None:
+        """Send one message."""
+        if message["type"] == "http.response.start":
+            self.begun = True
+            if self._front.draining:
+                message = {**message, "headers": [*message["headers"], CLOSE]}
+        await self._send(message)
+
+
+def _check_head(scope: MutableMapping[str, Any]) -> None:
+    """Refuse a head that the HTTP server lets pass: it bounds only one that comes in several pieces."""
+    count = len(scope["headers"])
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if count > MAX_HEADERS or size > HEAD_BYTES:
+        message = f"{count} headers, {size} bytes; at most {MAX_HEADERS} of {HEAD_BYTES} are accepted."
+        error = InvalidArgumentError(message, field="headers", reason="HEADERS_TOO_LARGE")
+        raise Refused(431, error, headers=[CLOSE])
+    if scope["http_version"] not in HTTP_VERSIONS:
+        message = "The version of HTTP must be 1.1 or 1.0."
+        raise Refused(400, InvalidArgumentError(message, reason="MALFORMED_REQUEST"), headers=[CLOSE])
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
     if "origin" in headers:
         message = "Requests from browsers are refused: call from a program of your own, or from your page's server."
         raise Refused(403, PermissionDeniedError(message, reason="BROWSER_REFUSED"))

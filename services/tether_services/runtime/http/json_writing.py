@@ -1,8 +1,8 @@
 """Writes a response message as JSON by protobuf's own mapping, with the field names of the protos.
 
 Where the mapping leaves a choice: fields without presence are written even if they are zero, so that a score of 0 is
-there to be seen; but a message with another one in its field `error` has that and no zeros beside it. A float is written
-as the double of the same value, which is what gRPC clients in Python see.
+there to be seen; but a message with another one in its field `error` has that and no zeros beside it. A float is
+written as the double of the same value, which is what gRPC clients in Python see.
 """
 
 from __future__ import annotations
@@ -20,57 +20,65 @@ LONG_TYPES: Final = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT
 REAL_TYPES: Final = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
 OWN_FORMS: Final = ("google.protobuf.Timestamp", "google.protobuf.Duration")
 """Messages that the mapping writes as a text."""
+PIECE: Final = 4096
+"""Values of a list that are written in one go, in which no other thread, such as the event loop's, can run."""
 
 
 def write_message(message: Message) -> bytes:
     """Return the message as the bytes of a JSON object."""
-    return write_json(_plain(message))
+    return _write(message).encode()
 
 
 def write_json(value: Any) -> bytes:
     """Return a plain value as compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _write_plain(value).encode()
 
 
-def _plain(message: Message) -> Any:
+def _write_plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _write(message: Message) -> str:
     descriptor = message.DESCRIPTOR
     if descriptor.full_name in OWN_FORMS:
-        return message.ToJsonString()  # type: ignore[attr-defined]
+        return _write_plain(message.ToJsonString())  # type: ignore[attr-defined]
     fields: Iterable[Any] = descriptor.fields
     error = descriptor.fields_by_name.get("error")
     if error is not None and error.message_type is not None and message.HasField("error"):
         fields = [field for field, _value in message.ListFields()]
-    written = {}
+    parts = []
     for field in fields:
-        value = getattr(message, field.name)
         if field.is_repeated:
-            written[field.name] = _plain_list(field, value)
+            parts.append(f'"{field.name}":{_write_list(field, getattr(message, field.name))}')
         elif not field.has_presence or message.HasField(field.name):
-            written[field.name] = _plain_value(field, value)
-    return written
+            parts.append(f'"{field.name}":{_write_value(field, getattr(message, field.name))}')
+    return "{" + ",".join(parts) + "}"
 
 
-def _plain_value(field: FieldDescriptor, value: Any) -> Any:
+def _write_value(field: FieldDescriptor, value: Any) -> str:
     if field.message_type is not None:
-        return _plain(value)
+        return _write(value)
     if field.cpp_type in LONG_TYPES:
-        return str(value)
-    if field.cpp_type in REAL_TYPES:
-        return value if math.isfinite(value) else _name_special(value)
-    if field.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
+        value = str(value)
+    elif field.cpp_type in REAL_TYPES and not math.isfinite(value):
+        value = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    elif field.cpp_type == FieldDescriptor.CPPTYPE_ENUM:
         kind: Any = field.enum_type
         known = kind.values_by_number.get(value)
-        return known.name if known is not None else value
-    return value
+        value = known.name if known is not None else value
+    return _write_plain(value)
 
 
-def _plain_list(field: FieldDescriptor, values: Any) -> Any:
+def _write_list(field: FieldDescriptor, values: Any) -> str:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         inner = field.message_type.fields_by_name["value"]
-        return {str(key): _plain_value(inner, values[key]) for key in values}
+        pairs = (f"{_write_plain(str(key))}:{_write_value(inner, values[key])}" for key in values)
+        return "{" + ",".join(pairs) + "}"
     if _is_plain(field, values):
-        return list(values)
-    return [_plain_value(field, value) for value in values]
+        pieces = (_write_plain(values[start : start + PIECE])[1:-1] for start in range(0, len(values), PIECE))
+    else:
+        pieces = (_write_value(field, value) for value in values)
+    return "[" + ",".join(pieces) + "]"
 
 
 def _is_plain(field: FieldDescriptor, values: Sequence[Any]) -> bool:
@@ -78,9 +86,3 @@ def _is_plain(field: FieldDescriptor, values: Sequence[Any]) -> bool:
     if field.cpp_type in REAL_TYPES:
         return all(map(math.isfinite, values))
     return field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_STRING)
-
-
-def _name_special(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"

@@ -17,13 +17,11 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tether.errors import InvalidArgumentError, ResourceExhaustedError, TetherError, UnavailableError
+from tether.errors import InvalidArgumentError, TetherError, UnavailableError
 from tether_services.runtime.auth import split_address
 from tether_services.runtime.http.answers import error_answer
-from tether_services.runtime.http.front import Front
+from tether_services.runtime.http.front import HEAD_BYTES, Front
 
-HEAD_BYTES: Final = 16 * 1024
-"""Request line and headers, as for the metadata of gRPC."""
 SWEEP_SECONDS: Final = 0.25
 """Between two looks at all connections."""
 BACKLOG: Final = 128
@@ -81,7 +79,7 @@ class Connection(H11Protocol):
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if status == 431:
             message = f"The head of the request is larger than {HEAD_BYTES} bytes."
-            self._refuse(431, ResourceExhaustedError(message, reason="HEADERS_TOO_LARGE"))
+            self._refuse(431, InvalidArgumentError(message, field="headers", reason="HEADERS_TOO_LARGE"))
         else:
             self._refuse(400, InvalidArgumentError("The bytes are not an HTTP request.", reason="MALFORMED_REQUEST"))
 
