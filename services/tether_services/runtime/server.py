@@ -24,7 +24,7 @@ from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server, watch_tasks
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
@@ -216,6 +216,7 @@ class ServiceRunner:
         if self._settings.http_address:
             self.http_port = await self._listen_http(self._service.ports()[0], pipeline)
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
+        watch_tasks(self._service.name, self._registry)
         log_event(
             log, "listening", ports=self.bound_ports, http_port=self.http_port, metrics_port=metrics_port, auth="none"
         )
@@ -247,7 +248,7 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain) -> int:
         check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
-        server = grpc.aio.server(interceptors=[chain], options=server_options(port.max_message_bytes))
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
         if self._settings.reflection:
@@ -278,10 +279,15 @@ class ServiceRunner:
         self._http = http
         return number
 
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        return list((dict(server_options(port.max_message_bytes)) | age).items())
+
     async def close(self) -> None:
-        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining")
+        """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
+        await asyncio.sleep(self._settings.drain_notice_seconds)
         if self._watch is not None:
             self._watch.cancel()
         grace = self._settings.drain_seconds
