@@ -20,7 +20,6 @@ from tether.v1 import reward_pb2
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engines.fake import fake_text_score
 from tether_services.reward.service import RewardService
-from tether_services.runtime.http import port as http_port
 from tether_services.runtime.settings import ServerSettings
 
 SCORE = "/tether.v1.RewardService/Score"
@@ -211,16 +210,12 @@ def test_health_says_the_state_and_nothing_else() -> None:
     with_reward(scenario)
 
 
-def test_the_openapi_document_is_served_where_the_package_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for document in (None, b'{"openapi":"3.1.0"}'):
-        monkeypatch.setattr(http_port, "read_document", lambda document=document: document)
+def test_the_openapi_document_of_the_service_is_served() -> None:
+    async def scenario(served: Served, port: int) -> None:
+        page = await get(port, "/openapi.json")
+        assert page.status == 200 and set(page.body["paths"]) >= {SCORE}
 
-        async def scenario(served: Served, port: int, document: bytes | None = document) -> None:
-            page = await get(port, "/openapi.json")
-            assert page.status == (404 if document is None else 200)
-            assert document is None or page.content == document
-
-        with_reward(scenario)
+    with_reward(scenario)
 
 
 def test_many_calls_go_over_one_connection() -> None:
@@ -241,7 +236,7 @@ def test_many_calls_go_over_one_connection() -> None:
     with_reward(scenario)
 
 
-def test_draining_lets_calls_in_flight_finish_refuses_new_ones_and_closes_connections() -> None:
+def test_draining_lets_calls_in_flight_finish_and_closes_connections() -> None:
     async def scenario(served: Served, port: int) -> None:
         reward_rules.GATE.clear()
         idle = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -252,7 +247,7 @@ def test_draining_lets_calls_in_flight_finish_refuses_new_ones_and_closes_connec
             while "tether_reward_queue_wait_seconds_count 1.0" not in served.metrics():
                 await asyncio.sleep(0.01)
             closing = asyncio.create_task(served.runner.close())
-            while served.runner.health.not_ready_reason != "draining":
+            while not served.runner.health.is_draining:
                 await asyncio.sleep(0.01)
             assert await asyncio.to_thread(idle.sock.recv, 1) == b""  # the idle connection is closed at once
             idle.close()
@@ -266,6 +261,27 @@ def test_draining_lets_calls_in_flight_finish_refuses_new_ones_and_closes_connec
             await get(port, "/healthz")
 
     with_reward(scenario, models=[SLOW_MODEL], drain_seconds=10)
+
+
+def test_before_it_drains_a_service_says_so_and_still_answers() -> None:
+    async def scenario(served: Served, port: int) -> None:
+        closing = asyncio.create_task(served.runner.close())
+        while (page := await get(port, "/healthz")).status == 200:
+            await asyncio.sleep(0.01)
+        assert (page.status, page.headers["connection"]) == (503, "close")
+        reply = await post(port, SCORE, {"items": [ITEM]})
+        assert reply.status == 200 and reply.headers["connection"] == "close"  # so that the next call goes elsewhere
+        await closing
+
+    with_reward(scenario, drain_notice_seconds=0.5)
+
+
+def test_a_connection_ends_with_an_answer_when_it_is_old() -> None:
+    async def scenario(served: Served, port: int) -> None:
+        reply = await post(port, SCORE, {"items": [ITEM]})
+        assert reply.status == 200 and reply.headers["connection"] == "close"
+
+    with_reward(scenario, max_connection_age_seconds=1e-6)
 
 
 def test_a_call_that_outlives_the_drain_is_ended(caplog: pytest.LogCaptureFixture) -> None:

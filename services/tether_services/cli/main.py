@@ -16,6 +16,7 @@ from tether_services.cli.adapter_commands import add_adapter
 from tether_services.cli.bench_commands import add_bench
 from tether_services.cli.data_commands import add_data
 from tether_services.cli.error_commands import add_errors
+from tether_services.cli.token_commands import add_token
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
 STAGES: Final = ("pretrain", "sft", "reward", "dpo")
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_delegating(commands, "train", "run one offline stage", STAGES, _train)
     add_data(commands)
     add_adapter(commands)
+    add_token(commands)
     _add_up(commands)
     _add_demo(commands)
     _add_run(commands)

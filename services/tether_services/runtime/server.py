@@ -19,7 +19,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from tether.errors import InvalidArgumentError
-from tether_services.runtime.auth import check_bind_address
+from tether_services.runtime.access import Access, describe_security, lacking_protections
+from tether_services.runtime.auth import check_bind_address, is_loopback
 from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
@@ -29,6 +30,7 @@ from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
+from tether_services.runtime.tls import ServerCertificates
 
 if TYPE_CHECKING:
     from tether_services.runtime.http.port import HttpPort
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATA_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message accepted: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
+"""Largest message sent: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
+HEALTH_MESSAGE_BYTES = 4096
+"""Largest message accepted on a port that serves health alone."""
+METADATA_BYTES = 16 * 1024
+"""Largest metadata accepted unless the settings say otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +110,14 @@ class Service(Protocol):
         ...
 
 
-def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def server_options(max_message_bytes: int, max_metadata_bytes: int = METADATA_BYTES) -> list[tuple[str, int]]:
     """Return the channel arguments of a server. gRPC ignores unknown keys, so the tests assert the effect of these."""
     return [
         ("grpc.so_reuseport", 0),  # on by default: a second server would share the port without an error
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", DATA_MESSAGE_BYTES),
-        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_metadata_size", max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", max_metadata_bytes),  # between the two gRPC would refuse at random
         ("grpc.keepalive_time_ms", 20_000),  # a caller that is gone without a word gives its calls up, and their leases
         ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -120,6 +127,11 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", 30 * 60 * 1000),
         ("grpc.max_connection_age_grace_ms", 10 * 60 * 1000),
     ]
+
+
+def shows_reflection(settings: ServerSettings, address: str) -> bool:
+    """Return whether a port lists its methods: as the setting says, else on loopback only."""
+    return is_loopback(address, field="address") if settings.reflection is None else settings.reflection
 
 
 def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], Service]) -> int:
@@ -135,7 +147,6 @@ def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], S
     setup_logging(service.name, settings.log_level)
     _use_uvloop()
     try:
-        check_bind_address(settings.metrics_address, insecure=settings.insecure, field="metrics_address")
         return asyncio.run(ServiceRunner(settings, service, registry).run())
     except InvalidArgumentError as error:
         for violation in error.violations or ():
@@ -161,6 +172,7 @@ class ServiceRunner:
         self._http: HttpPort | None = None
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
+        self._file_watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shared_threads = ThreadClock()
         self.health = Health(
@@ -171,6 +183,8 @@ class ServiceRunner:
         """Port numbers in use, in the order of `Service.ports`."""
         self.http_port: int | None = None
         """Port number in use for HTTP; None where it is not served."""
+        self.health_port: int | None = None
+        """Port number of `health_address`; None without one."""
 
     async def run(self) -> int:
         """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
@@ -203,23 +217,28 @@ class ServiceRunner:
         """Listen, then load the engine, then report SERVING.
 
         Raises:
-            InvalidArgumentError: An address is refused or taken.
+            InvalidArgumentError: An address is refused or taken, or a file of credentials cannot be used.
         """
+        self._check_address(self._settings.metrics_address, field="metrics_address")
+        access = Access(self._settings, self._service.name, self._registry)
         metrics = RequestMetrics(self._service.name, self._service.methods(), self._registry)
         guards: list[Guard] = [
             readiness_guard(lambda: self.health.not_ready_reason),
             deadline_guard(self._settings.max_deadline_seconds),
         ]
-        pipeline = Pipeline(guards, metrics)
+        pipeline = Pipeline(guards, metrics, access.identify, access.hold)
         for port in self._service.ports():
-            self.bound_ports.append(await self._listen(port, Chain(pipeline)))
+            self.bound_ports.append(await self._listen(port, Chain(pipeline), access))
         if self._settings.http_address:
-            self.http_port = await self._listen_http(self._service.ports()[0], pipeline)
+            self.http_port = await self._listen_http(self._service.ports()[0], pipeline, access)
+        if self._settings.health_address:
+            self.health_port = await self._listen_for_health()
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
         watch_tasks(self._service.name, self._registry)
-        log_event(
-            log, "listening", ports=self.bound_ports, http_port=self.http_port, metrics_port=metrics_port, auth="none"
-        )
+        others = {"http_port": self.http_port, "health_port": self.health_port, "metrics_port": metrics_port}
+        ports = {"ports": self.bound_ports, **others}
+        log_event(log, "listening", level=logging.INFO, **ports, **describe_security(self._settings))
+        self._file_watch = asyncio.create_task(access.watch_files())
         if isinstance(self._service, Fallible):
             self._service.on_failure(self._engine_failed)
         if isinstance(self._service, Parted):
@@ -246,50 +265,85 @@ class ServiceRunner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _listen(self, port: Port, chain: Chain) -> int:
-        check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
+    async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
+        self._check_address(port.address, field=port.setting)
         server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
-        if self._settings.reflection:
+        if shows_reflection(self._settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
+        return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
+
+    async def _listen_for_health(self) -> int:
+        """Serve health and nothing else; it tells nothing that needs protection, and probes have no credentials."""
+        server = grpc.aio.server(options=server_options(HEALTH_MESSAGE_BYTES))
+        await self.health.attach(server)
+        return await self._begin_serving(server, self._settings.health_address, field="health_address")
+
+    async def _begin_serving(
+        self, server: grpc.aio.Server, address: str, *, field: str, certificates: ServerCertificates | None = None
+    ) -> int:
+        is_loopback(address, field=field)  # refuses a malformed one
         try:
-            number = server.add_insecure_port(port.address)
+            if certificates is None:
+                number = server.add_insecure_port(address)
+            else:
+                number = server.add_secure_port(address, certificates.grpc_credentials())
         except RuntimeError as error:
             raise InvalidArgumentError(
-                f"Cannot listen on {port.address}: it is taken or not an address of this machine.", field=port.setting
+                f"Cannot listen on {address}: it is taken or not an address of this machine.", field=field
             ) from error
         await server.start()
         self._servers.append(server)
         return number
 
-    async def _listen_http(self, port: Port, pipeline: Pipeline) -> int:
+    async def _listen_http(self, port: Port, pipeline: Pipeline, access: Access) -> int:
         """Serve the methods of a port, the data port, over HTTP as well, and return the number."""
         from tether_services.runtime.http.port import HttpOptions, HttpPort  # only where it is asked for
+        from tether_services.runtime.http.serving import ConnectionLimits
 
         settings = self._settings
-        check_bind_address(settings.http_address, insecure=settings.insecure, field="http_address")
+        self._check_address(settings.http_address, field="http_address")
         options = HttpOptions(
             pipeline,
             default_seconds=min(settings.http_timeout_seconds, settings.max_deadline_seconds),
-            not_ready=lambda: self.health.not_ready_reason,
+            is_serving=lambda: self.health.not_ready_reason is None and not self.health.is_draining,
+            tls=None if access.certificates is None else access.certificates.server_context(),
+            limits=ConnectionLimits(
+                max_age_seconds=settings.max_connection_age_seconds, max_head_bytes=settings.max_metadata_bytes
+            ),
         )
-        http = HttpPort(port, options)
-        number = await http.start(settings.http_address)
-        self._http = http
-        return number
+        self._http = HttpPort(port, options)
+        return await self._http.start(settings.http_address)
 
     def _options(self, port: Port) -> list[tuple[str, int]]:
-        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
-        return list((dict(server_options(port.max_message_bytes)) | age).items())
+        settings = self._settings
+        options = server_options(port.max_message_bytes, settings.max_metadata_bytes)
+        age = {"grpc.max_connection_age_ms": int(1000 * settings.max_connection_age_seconds)}
+        return list((dict(options) | age).items())
+
+    def _check_address(self, address: str, *, field: str) -> None:
+        lacking = lacking_protections(self._settings)
+        insecure = self._settings.insecure
+        check_bind_address(address, insecure=insecure, field=field, lacking=lacking)
+        if lacking and not is_loopback(address, field=field):
+            log_event(
+                log,
+                "INSECURE: other machines can reach this address",
+                level=logging.WARNING,
+                setting=field,
+                address=address,
+                lacking=lacking,
+            )
 
     async def close(self) -> None:
         """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
         log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
         await asyncio.sleep(self._settings.drain_notice_seconds)
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in (self._watch, self._file_watch):
+            if watch is not None:
+                watch.cancel()
         grace = self._settings.drain_seconds
         await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf import any_pb2, json_format, symbol_database
 
 from tether.errors import TetherError
-from tether_services.runtime.errors import to_status
+from tether_services.documents.connect import connect_error
 from tether_services.runtime.http.json_writing import write_json
 
 Header: TypeAlias = tuple[bytes, bytes]
@@ -71,27 +69,4 @@ def error_answer(status: int, error: TetherError, *, headers: Sequence[Header] =
         extra.append((b"retry-after", str(math.ceil(error.retry_after_seconds)).encode()))
     if error.code is grpc.StatusCode.UNAUTHENTICATED:
         extra.append((b"www-authenticate", b"Bearer"))
-    return Answer(status, write_json(describe_error(error)), (JSON_TYPE, *extra))
-
-
-def describe_error(error: TetherError) -> dict[str, Any]:
-    """Return the error as the Connect protocol writes it: code, message, details."""
-    status = to_status(error)
-    return {
-        "code": code_name(error),
-        "message": status.message,
-        "details": [_describe_detail(packed) for packed in status.details],
-    }
-
-
-def code_name(error: TetherError) -> str:
-    """Return the code as the Connect protocol spells it."""
-    return "canceled" if error.code is grpc.StatusCode.CANCELLED else error.code.name.lower()
-
-
-def _describe_detail(packed: any_pb2.Any) -> dict[str, Any]:
-    name = packed.type_url.rpartition("/")[2]
-    message = symbol_database.Default().GetSymbol(name)()
-    packed.Unpack(message)
-    value = base64.b64encode(packed.value).decode().rstrip("=")  # unpadded, by the protocol
-    return {"type": name, "value": value, "debug": json_format.MessageToDict(message)}
+    return Answer(status, write_json(connect_error(error)), (JSON_TYPE, *extra))

@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_HEADERS: Final = 64
 """Of a request."""
-HEAD_BYTES: Final = 16 * 1024
-"""Path and headers, as for the metadata of gRPC."""
 HTTP_VERSIONS: Final = ("1.0", "1.1")
 TIMEOUT_PATTERN: Final = re.compile(r"[0-9]{1,10}")
 LENGTH_PATTERN: Final = re.compile(r"[0-9]{1,18}")
@@ -70,8 +68,10 @@ class FrontOptions:
     """Size of a body, as sent and unpacked."""
     default_seconds: float
     """Deadline of a call that does not say one."""
-    not_ready: Callable[[], str | None]
-    """Why calls are refused now; None while the service is ready."""
+    is_serving: Callable[[], bool]
+    """Whether callers should come; not before the engine is ready, and not while the service drains."""
+    max_head_bytes: int = 16 * 1024
+    """Path and headers of a request, as for the metadata of gRPC."""
     streaming: frozenset[str] = frozenset()
     """Paths of methods that are there, but not over HTTP."""
     document: bytes | None = None
@@ -106,11 +106,11 @@ class Front:
         self._converters = converters
         self._budget = Budget(options.bodies * options.max_bytes)
         self.draining = False
-        """Connections are closed after the answer in flight."""
+        """Calls in flight have little time left."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
-        out, body = _Outgoing(self, send), Incoming(receive)
+        out, body = _Outgoing(send, lambda: self._keeps(scope)), Incoming(receive)
         try:
             with self._budget.share() as share:
                 await self._answer(scope, body, out, share)
@@ -125,9 +125,13 @@ class Front:
             if not out.begun:
                 await error_answer(503, UnavailableError(message, reason="DRAINING")).send(out)
 
+    def _keeps(self, scope: MutableMapping[str, Any]) -> bool:
+        """Return whether the connection may be used again: not if the service or the connection is near its end."""
+        return self._options.is_serving() and time.monotonic() < scope["state"]["ends"]
+
     async def _answer(self, scope: MutableMapping[str, Any], body: Incoming, send: Send, share: Share) -> None:
         arrived = time.monotonic()
-        _check_head(scope)
+        _check_head(scope, max_bytes=self._options.max_head_bytes)
         if scope["method"] in ("GET", "HEAD"):
             await self._read_only(scope["path"]).send(send)
             return
@@ -143,9 +147,8 @@ class Front:
 
     def _read_only(self, path: str) -> Answer:
         if path == "/healthz":
-            ready = self._options.not_ready() is None
-            state = "SERVING" if ready else "NOT_SERVING"
-            return Answer(200 if ready else 503, write_json({"status": state}))
+            serving = self._options.is_serving()
+            return Answer(200 if serving else 503, write_json({"status": "SERVING" if serving else "NOT_SERVING"}))
         if path == "/openapi.json" and self._options.document is not None:
             return Answer(200, self._options.document)
         if path in self._paths:
@@ -170,7 +173,8 @@ class Front:
         _check_headers(headers)
         form = _choose_form(headers)
         seconds = _read_timeout(headers, self._options.default_seconds)
-        return Exchange(form, metadata, scope["state"].get("identities", ()), arrived + seconds)
+        state = scope["state"]
+        return Exchange(form, metadata, state["identities"], state["peer"], arrived + seconds)
 
     def _limit_body(self, exchange: Exchange) -> BodyLimits:
         options = self._options
@@ -210,29 +214,29 @@ def _is_small(headers: Mapping[bytes, bytes]) -> bool:
 
 
 class _Outgoing:
-    """ASGI's send, and whether the answer has begun. Says that the connection ends while the service drains."""
+    """ASGI's send, and whether the answer has begun. Says that the connection ends where it does."""
 
-    def __init__(self, front: Front, send: Send) -> None:
-        self._front = front
+    def __init__(self, send: Send, keeps: Callable[[], bool]) -> None:
         self._send = send
+        self._keeps = keeps
         self.begun = False
 
     async def __call__(self, message: Any) -> None:
         """Send one message."""
         if message["type"] == "http.response.start":
             self.begun = True
-            if self._front.draining:
+            if not self._keeps() and CLOSE not in message["headers"]:
                 message = {**message, "headers": [*message["headers"], CLOSE]}
         await self._send(message)
 
 
-def _check_head(scope: MutableMapping[str, Any]) -> None:
+def _check_head(scope: MutableMapping[str, Any], *, max_bytes: int) -> None:
     """Refuse a head that the HTTP server lets pass: it bounds only one that comes in several pieces."""
     count = len(scope["headers"])
     size = len(scope["raw_path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
-    if count > MAX_HEADERS or size > HEAD_BYTES:
-        message = f"{count} headers, {size} bytes; at most {MAX_HEADERS} of {HEAD_BYTES} are accepted."
+    if count > MAX_HEADERS or size > max_bytes:
+        message = f"{count} headers, {size} bytes; at most {MAX_HEADERS} of {max_bytes} are accepted."
         error = InvalidArgumentError(message, field="headers", reason="HEADERS_TOO_LARGE")
         raise Refused(431, error, headers=[CLOSE])
     if scope["http_version"] not in HTTP_VERSIONS:

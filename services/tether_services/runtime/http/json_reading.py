@@ -172,7 +172,7 @@ def _read_integer(field: FieldDescriptor, value: Any, path: str) -> int:
         _refuse_type("an integer", path)
     low, high = INTEGER_RANGES[field.cpp_type]
     if not low <= value <= high:
-        raise InvalidArgumentError(f"{path} is outside [{low}, {high}].", field=path, reason="OUT_OF_RANGE")
+        raise InvalidArgumentError(f"{path} is outside [{low}, {high}].", field=path)
     return value
 
 
@@ -185,7 +185,7 @@ def _read_number(field: FieldDescriptor, value: Any, path: str) -> float:
         _refuse_type("a number", path)
     limit = MAX_FLOAT if field.cpp_type == FieldDescriptor.CPPTYPE_FLOAT else 1.7976931348623157e308
     if not -limit <= value <= limit:  # also an exponent so large that it was read as infinity
-        raise InvalidArgumentError(f"{path} is outside [-{limit:g}, {limit:g}].", field=path, reason="OUT_OF_RANGE")
+        raise InvalidArgumentError(f"{path} is outside [-{limit:g}, {limit:g}].", field=path)
     return float(value)
 
 

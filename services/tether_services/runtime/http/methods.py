@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from tether.errors import DeadlineExceededError, TetherError
-from tether_services.runtime.http.answers import code_name
+from tether_services.documents.connect import connect_code
 from tether_services.runtime.http.json_reading import check_readable, read_message
 from tether_services.runtime.http.json_writing import write_message
 from tether_services.runtime.interceptor import parse_message
@@ -46,10 +46,16 @@ class Exchange:
     """Headers, names in lower case."""
     identities: tuple[str, ...]
     """Verified names in the caller's certificate."""
+    peer: str
+    """Address of the other end, as gRPC writes it."""
     deadline: float
     """When the caller stops waiting, on the monotonic clock."""
     error: TetherError | None = field(default=None, init=False)
     """What the method raised. The library carries a code and a text only."""
+
+    def describe(self, path: str) -> CallInfo:
+        """Return what the pipeline knows of the call."""
+        return CallInfo(path, self.metadata, self.time_remaining(), self.identities, self.peer)
 
     def time_remaining(self) -> float:
         """Return the seconds to the deadline, as a gRPC context does."""
@@ -158,12 +164,13 @@ class ConnectMethods(ConnectASGIApplication[None]):
 
         async def call(raw: bytes, _context: Any) -> bytes:
             exchange = EXCHANGE.get()
-            about = CallInfo(method.path, exchange.metadata, exchange.time_remaining(), exchange.identities)
             try:
-                return await self._pipeline.answer(about, lambda: self._work(method, raw, exchange))
+                return await self._pipeline.answer(
+                    exchange.describe(method.path), lambda: self._work(method, raw, exchange)
+                )
             except TetherError as error:
                 exchange.error = error
-                raise ConnectError(Code(code_name(error)), error.message) from error
+                raise ConnectError(Code(connect_code(error.code)), error.message) from error
 
         return Endpoint.unary(method=info, function=call)
 

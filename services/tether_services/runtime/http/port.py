@@ -14,8 +14,6 @@ from tether_services.runtime.http.serving import ConnectionLimits, HttpServer
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.server import Port
 
-DOCUMENT = "openapi.json"
-
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
@@ -25,8 +23,8 @@ class HttpOptions:
     """What every call runs through."""
     default_seconds: float
     """Deadline of a call that does not say one."""
-    not_ready: Callable[[], str | None]
-    """Why calls are refused now; None while the service is ready."""
+    is_serving: Callable[[], bool]
+    """Whether callers should come."""
     tls: ssl.SSLContext | None = None
     """Transport security; None is none."""
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -47,9 +45,10 @@ class HttpPort:
             FrontOptions(
                 max_bytes=port.max_message_bytes,
                 default_seconds=options.default_seconds,
-                not_ready=options.not_ready,
+                is_serving=options.is_serving,
+                max_head_bytes=options.limits.max_head_bytes,
                 streaming=frozenset(streaming),
-                document=read_document(),
+                document=read_document(port.service_names[0]),
             ),
             converters=self._converters,
         )
@@ -63,13 +62,18 @@ class HttpPort:
         """
         return await self._server.start(address, field="http_address")
 
+    @property
+    def open_connections(self) -> int:
+        """Return how many callers are connected."""
+        return self._server.open_connections
+
     async def stop(self, grace_seconds: float) -> None:
         """Drain: requests in flight finish within this time."""
         await self._server.stop(grace_seconds)
         self._converters.shutdown(wait=False, cancel_futures=True)
 
 
-def read_document() -> bytes | None:
-    """Return the OpenAPI document that the package holds; None if it has none."""
-    file = importlib.resources.files("tether_services.runtime") / DOCUMENT
+def read_document(service: str) -> bytes | None:
+    """Return the OpenAPI document of a service, for example tether.v1.RewardService; None if there is none."""
+    file = importlib.resources.files("tether_services.documents") / "openapi" / f"{service}.json"
     return file.read_bytes() if file.is_file() else None

@@ -20,7 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tether.errors import InvalidArgumentError, TetherError, UnavailableError
 from tether_services.runtime.auth import split_address
 from tether_services.runtime.http.answers import error_answer
-from tether_services.runtime.http.front import HEAD_BYTES, Front
+from tether_services.runtime.http.front import Front
+from tether_services.runtime.limits import name_identities
 
 SWEEP_SECONDS: Final = 0.25
 """Between two looks at all connections."""
@@ -38,8 +39,12 @@ class ConnectionLimits:
     """For the headers of a request to arrive, from the first byte on; also from the opening of a connection."""
     keep_alive_seconds: float = 60.0
     """A connection without a request is closed after this time."""
+    max_age_seconds: float = 1800.0
+    """A connection ends with the first answer after this time, so that callers find new replicas."""
     write_seconds: float = 30.0
     """A caller that takes nothing of its answer for this time is cut off."""
+    max_head_bytes: int = 16 * 1024
+    """Request line and headers."""
 
 
 class _Config(uvicorn.Config):
@@ -59,7 +64,9 @@ class Connection(H11Protocol):
         self.waiting_since: float | None = time.monotonic()
         """Since when the head of a request is expected; None while there is none, or one is being answered."""
         self._unsent, self._unsent_since = 0, 0.0
-        self.app_state = {**self.app_state, "identities": read_certificate(transport.get_extra_info("ssl_object"))}
+        identities = read_certificate(transport.get_extra_info("ssl_object"))
+        ends = time.monotonic() + self.config.limits.max_age_seconds
+        self.app_state = {"identities": identities, "peer": _name_peer(self.client), "ends": ends}
         if len(self.connections) > self.config.limits.max_connections:
             message = "The service has as many connections as it takes; call again shortly."
             self._refuse(503, UnavailableError(message, reason="TOO_MANY_CONNECTIONS", retry_after_seconds=1.0))
@@ -78,7 +85,7 @@ class Connection(H11Protocol):
         """Answer bytes that are no request."""
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if status == 431:
-            message = f"The head of the request is larger than {HEAD_BYTES} bytes."
+            message = f"The head of the request is larger than {self.config.limits.max_head_bytes} bytes."
             self._refuse(431, InvalidArgumentError(message, field="headers", reason="HEADERS_TOO_LARGE"))
         else:
             self._refuse(400, InvalidArgumentError("The bytes are not an HTTP request.", reason="MALFORMED_REQUEST"))
@@ -152,7 +159,7 @@ class HttpServer:
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=limits.keep_alive_seconds,  # type: ignore[arg-type]  # any number does
-            h11_max_incomplete_event_size=HEAD_BYTES,
+            h11_max_incomplete_event_size=limits.max_head_bytes,
             reset_contextvars=True,  # a request must not begin with the caller of the one before on its connection
             ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
@@ -175,6 +182,11 @@ class HttpServer:
             await serving
         self._tasks = [serving, asyncio.create_task(self._sweep())]
         return int(listener.getsockname()[1])
+
+    @property
+    def open_connections(self) -> int:
+        """Return how many callers are connected."""
+        return len(self._server.server_state.connections)
 
     async def _sweep(self) -> None:
         while True:
@@ -221,12 +233,18 @@ def _cannot_listen(address: str, field: str) -> InvalidArgumentError:
     )
 
 
+def _name_peer(client: tuple[str, int] | None) -> str:
+    if client is None:
+        return "unknown"
+    host, port = client
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
 def read_certificate(tls: Any) -> tuple[str, ...]:
-    """Return the names in a caller's verified certificate, SPIFFE ids before the common name; none without one."""
+    """Return the verified name in a caller's certificate, see `CallInfo.identities`; empty without one."""
     certificate = tls.getpeercert() if tls is not None else None
     if not certificate:
         return ()
-    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
-    spiffe = [name for name in names if name.startswith("spiffe://")]
-    common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    return (*spiffe, *common)
+    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return name_identities(uris, names)
