@@ -325,6 +325,11 @@ FORMS: list[tuple[str, Body]] = [
     ("GeneratorService.Generate", SAMPLING),
     ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "prompt_token_ids": [1]}),
     ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "messages": SAID}),
+    ("GeneratorService.Generate", {**SAMPLING, "prompt": None}),
+    ("GeneratorService.Generate", {**SAMPLING, "prompt": "", "messages": [], "prompt_token_ids": []}),
+    ("RewardService.Score", {"items": [{"prompt": "p", "response": None}]}),
+    ("RewardService.Score", {"items": [{"prompt": "p", "response": ""}]}),
+    ("RewardService.Score", {"items": [{"response_token_ids": []}]}),
     ("RewardService.Score", {"items": [{"prompt": "p"}]}),
     ("RewardService.Score", {"items": [{"prompt_token_ids": [1]}]}),
     ("RewardService.Score", {"items": [{"response": "r", "messages": SAID}]}),
@@ -341,6 +346,18 @@ def test_none_and_several_forms_are_refused_by_schema_and_service(tmp_path: Path
     for case, error in zip(asked, run(verdicts(tmp_path, asked)), strict=True):
         assert complaints(case), case
         assert error is not None and error.code is grpc.StatusCode.INVALID_ARGUMENT, case
+
+
+def test_a_field_that_is_null_or_empty_is_absent_for_schema_and_service(tmp_path: Path) -> None:
+    by_name = {name_of(method): method for method in METHODS}
+    bodies: list[tuple[str, Body]] = [
+        ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "messages": None, "prompt_token_ids": None}),
+        ("GeneratorService.Generate", {**SAMPLING, "prompt": "p", "messages": [], "prompt_token_ids": []}),
+        ("RewardService.Score", {"items": [{"messages": SAID, "prompt": None, "response": ""}], "model": None}),
+    ]
+    asked = [Case(by_name[name], body, "", "null") for name, body in bodies]
+    assert [complaints(case) for case in asked] == [[]] * len(bodies)
+    assert run(verdicts(tmp_path, asked)) == [None] * len(bodies)
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))

@@ -205,6 +205,10 @@ def scalar(kind: int) -> object:
         ("SamplingParams", "ignore_eos", True, True),
         ("SamplingParams", "ignore_eos", "true", False),
         ("SamplingParams", "ignore_EOS", True, False),
+        ("SamplingParams", "ignore_eos", None, True),
+        ("SamplingParams", "temperature", None, True),
+        ("SamplingParams", "max_tokens", None, False),
+        ("GetGeneratorResponse", "vocab_size", None, False),
     ],
 )
 def test_values_are_spelled_as_in_the_json_form_of_protobuf(schema: str, name: str, value: object, fits: bool) -> None:

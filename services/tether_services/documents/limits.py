@@ -34,13 +34,19 @@ TOKEN_IDS: Final[Schema] = {"minItems": 1, "items": {"minimum": 0}}
 EPOCH: Final[Schema] = {"minimum": 1, "maximum": MAX_EPOCH}
 VERSION: Final[Schema] = {"minimum": 0, "maximum": MAX_VERSION}
 PUSHED_VERSION: Final[Schema] = {"minimum": 1, "maximum": MAX_VERSION}
-MESSAGES: Final[Schema] = {"minItems": 1, "maxItems": MAX_MESSAGES}
+MESSAGES: Final[Schema] = {"maxItems": MAX_MESSAGES}
+ANY_TOKEN_IDS: Final[Schema] = {"items": {"minimum": 0}}
 
 
 def one_of(**forms: tuple[str, ...]) -> Schema:
-    """Return that a message has exactly one form: the field that makes it is there, fields of other forms are not."""
+    """Return that a message has exactly one form: the field that makes it is there, fields of other forms are not.
+
+    A field that is null or empty is not there.
+    """
+    nothing: list[Any] = [None, "", []]
+    there, absent = {"not": {"enum": nothing}}, {"enum": nothing}
     options = [
-        {"required": [name], "properties": dict.fromkeys(others, False)} if others else {"required": [name]}
+        {"required": [name], "properties": {name: there} | dict.fromkeys(others, absent)}
         for name, others in forms.items()
     ]
     return {"oneOf": options}
@@ -48,9 +54,8 @@ def one_of(**forms: tuple[str, ...]) -> Schema:
 
 LIMITS: Final[dict[str, Schema]] = {
     "GenerateRequest": {"required": ["n", "sampling"], **one_of(prompt=(), messages=(), prompt_token_ids=())},
-    "GenerateRequest.prompt": {"minLength": 1},
     "GenerateRequest.messages": MESSAGES,
-    "GenerateRequest.prompt_token_ids": TOKEN_IDS,
+    "GenerateRequest.prompt_token_ids": ANY_TOKEN_IDS,
     "GenerateRequest.n": {"minimum": 1},
     "GenerateRequest.policy_version": {"minimum": 0},
     "GenerateRequest.run_id": ANY_NAME,
@@ -70,10 +75,9 @@ LIMITS: Final[dict[str, Schema]] = {
     "ScoreItem": one_of(
         response=("prompt_token_ids",), messages=("prompt", "prompt_token_ids"), response_token_ids=("prompt",)
     ),
-    "ScoreItem.response": {"minLength": 1},
     "ScoreItem.messages": MESSAGES,
-    "ScoreItem.prompt_token_ids": {"items": {"minimum": 0}},
-    "ScoreItem.response_token_ids": TOKEN_IDS,
+    "ScoreItem.prompt_token_ids": ANY_TOKEN_IDS,
+    "ScoreItem.response_token_ids": ANY_TOKEN_IDS,
     "CompareRequest": {"required": ["responses"]},
     "CompareRequest.responses": {"minItems": MIN_RESPONSES, "maxItems": MAX_RESPONSES, "items": {"minLength": 1}},
     "ListRewardModelsRequest.page_size": PAGE_SIZE,

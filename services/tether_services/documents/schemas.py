@@ -76,10 +76,22 @@ def _enums(message: Descriptor) -> Iterator[EnumDescriptor]:
 
 def _message(message: Descriptor, comments: Comments, *, is_request: bool) -> Schema:
     fields = {field.name: _field(field, comments, is_request=is_request) for field in message.fields}
-    schema: Schema = {"type": "object", **_description(message.full_name, comments), "properties": fields}
-    if is_request:
-        return schema | {"additionalProperties": False} | LIMITS.get(message.name, {})
-    return schema | {"required": always_there(message)}
+    schema: Schema = {"type": "object", **_description(message.full_name, comments)}
+    if not is_request:
+        return schema | {"properties": fields, "required": always_there(message)}
+    limits = LIMITS.get(message.name, {})
+    for name in fields.keys() - set(limits.get("required", ())):
+        fields[name] = or_null(fields[name])
+    return schema | {"properties": fields, "additionalProperties": False} | limits
+
+
+def or_null(schema: Schema) -> Schema:
+    """Return a schema that null fits too, which the JSON form of protobuf takes for an absent field."""
+    kinds = schema.get("type")
+    if kinds is None:
+        described = {key: value for key, value in schema.items() if key == "description"}
+        return described | {"anyOf": [{"$ref": schema["$ref"]}, {"type": "null"}]}
+    return schema | {"type": [*([kinds] if isinstance(kinds, str) else kinds), "null"]}
 
 
 def always_there(message: Descriptor) -> list[str]:
