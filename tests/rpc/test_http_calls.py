@@ -137,7 +137,7 @@ def test_the_deadline_is_the_callers_or_the_services_default() -> None:
             assert counted == 2
             endless = await post(port, SCORE, {"items": [ITEM]}, connect_timeout_ms="999999999")
             assert (endless.status, endless.reason) == (400, "DEADLINE_TOO_LONG")
-            for bad in ("1.5", "-1", "99999999999", "soon", ""):
+            for bad in ("1.5", "-1", "0", "00", "99999999999", "soon", ""):
                 reply = await post(port, SCORE, {"items": [ITEM]}, connect_timeout_ms=bad)
                 assert (reply.status, reply.fields) == (400, ["connect-timeout-ms"])
         finally:

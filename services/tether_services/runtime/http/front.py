@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 MAX_HEADERS: Final = 64
 """Of a request."""
 HTTP_VERSIONS: Final = ("1.0", "1.1")
-TIMEOUT_PATTERN: Final = re.compile(r"[0-9]{1,10}")
+TIMEOUT_DIGITS: Final = 10
+TIMEOUT_PATTERN: Final = re.compile(r"0*[1-9][0-9]*")
 LENGTH_PATTERN: Final = re.compile(r"[0-9]{1,18}")
 FORMS: Final[Mapping[str, Form]] = {
     "application/json": "json",
@@ -268,8 +269,8 @@ def _read_timeout(headers: Mapping[str, str], default_seconds: float) -> float:
     text = headers.get("connect-timeout-ms")
     if text is None:
         return default_seconds
-    if not TIMEOUT_PATTERN.fullmatch(text):
-        message = "connect-timeout-ms must be a number of milliseconds of at most 10 digits."
+    if len(text) > TIMEOUT_DIGITS or not TIMEOUT_PATTERN.fullmatch(text):
+        message = "connect-timeout-ms must be a positive number of milliseconds of at most 10 digits."
         raise Refused(400, InvalidArgumentError(message, field="connect-timeout-ms"))
     return int(text) / 1000
 
