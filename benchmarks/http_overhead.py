@@ -17,29 +17,36 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 import grpc.aio
+from google.protobuf import json_format
 
 from tether.v1 import reward_pb2, reward_pb2_grpc
 from tether_services.local.deployment import free_ports
 
-PATH = "/tether.v1.RewardService/Score"
+PATH = "/tether.v1.RewardService/"
 CALLERS = 8
+Request: TypeAlias = reward_pb2.ScoreRequest | reward_pb2.ListRewardModelsRequest
 
 
-def message(num_items: int) -> reward_pb2.ScoreRequest:
+def message(num_items: int) -> Request:
+    """Return a request for scores; for none of them one that needs no engine, such that only the transport counts."""
     item = reward_pb2.ScoreItem(prompt="Once upon a time", response=" there was a happy dog.")
-    return reward_pb2.ScoreRequest(items=[item] * num_items)
+    return reward_pb2.ScoreRequest(items=[item] * num_items) if num_items else reward_pb2.ListRewardModelsRequest()
+
+
+def method(request: Request) -> str:
+    return type(request).__name__.removesuffix("Request")
 
 
 class HttpCaller:
     """One connection that is kept, with as little of a client as can be, so that the service is what is measured."""
 
-    def __init__(self, address: str, request: reward_pb2.ScoreRequest) -> None:
+    def __init__(self, address: str, request: Request) -> None:
         self._host, self._port = address.rsplit(":", 1)
-        items = [{"prompt": item.prompt, "response": item.response} for item in request.items]
-        body = json.dumps({"items": items}).encode()
-        head = f"POST {PATH} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
+        body = json_format.MessageToJson(request, indent=None).encode()
+        head = f"POST {PATH}{method(request)} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n"
         self._data = f"{head}connect-timeout-ms: 20000\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
     async def open(self) -> None:
@@ -52,8 +59,7 @@ class HttpCaller:
         head = await self._reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200"), head
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        answer = json.loads(await self._reader.readexactly(length))
-        assert "score" in answer["scores"][0]
+        assert json.loads(await self._reader.readexactly(length))
 
     async def close(self) -> None:
         """Disconnect."""
@@ -64,18 +70,17 @@ class HttpCaller:
 class GrpcCaller:
     """One channel."""
 
-    def __init__(self, address: str, request: reward_pb2.ScoreRequest) -> None:
+    def __init__(self, address: str, request: Request) -> None:
         self._address, self._request = address, request
 
     async def open(self) -> None:
         """Connect."""
         self._channel = grpc.aio.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._method = getattr(reward_pb2_grpc.RewardServiceStub(self._channel), method(self._request))
 
     async def call(self) -> None:
         """Score once."""
-        answer = await self._stub.Score(self._request, timeout=20)
-        assert answer.scores[0].score
+        assert (await self._method(self._request, timeout=20)).ByteSize()
 
     async def close(self) -> None:
         """Disconnect."""
@@ -125,7 +130,7 @@ async def service() -> AsyncIterator[tuple[str, str]]:
 
 async def main(seconds: float, rounds: int) -> None:
     async with service() as (address, http):
-        for num_items in (1, 16, 64):
+        for num_items in (0, 1, 16, 64):
             request = message(num_items)
             plain = [GrpcCaller(address, request) for _ in range(CALLERS)]
             json_ones = [HttpCaller(http, request) for _ in range(CALLERS)]
