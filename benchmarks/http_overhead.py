@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
 
+import grpc
 import grpc.aio
 from google.protobuf import json_format
 
@@ -115,13 +116,20 @@ async def service() -> AsyncIterator[tuple[str, str]]:
     """Serve in a process of its own and yield the addresses of gRPC and HTTP."""
     address, http, metrics = (f"127.0.0.1:{port}" for port in free_ports(3))
     settings = {"engine": "fake", "address": address, "http_address": http, "metrics_address": metrics}
+    settings |= {"batch.max_delay_seconds": "0"}  # no call waits for company
     command = [sys.executable, "-m", "tether_services", "serve", "reward", "--set", "log_level=WARNING"]
     process = subprocess.Popen([*command, *(part for key in settings for part in ("--set", f"{key}={settings[key]}"))])
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             await asyncio.wait_for(channel.channel_ready(), 60)
             request = reward_pb2.ListRewardModelsRequest()
-            await reward_pb2_grpc.RewardServiceStub(channel).ListRewardModels(request, timeout=60)
+            while True:
+                try:
+                    await reward_pb2_grpc.RewardServiceStub(channel).ListRewardModels(request, timeout=60)
+                    break
+                except grpc.aio.AioRpcError as error:  # the engine is not ready yet
+                    assert error.code() is grpc.StatusCode.UNAVAILABLE, error
+                    await asyncio.sleep(0.1)
         yield address, http
     finally:
         process.terminate()
