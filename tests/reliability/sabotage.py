@@ -282,7 +282,14 @@ def _take_out_sizes() -> None:
 
     options = server.server_options
     unlimited = {"grpc.max_receive_message_length": -1}
-    _set(server, "server_options", lambda size: list((dict(options(size)) | unlimited).items()))
+    _set(server, "server_options", lambda *given: list((dict(options(*given)) | unlimited).items()))
+
+
+def _take_out_reload() -> None:
+    """Certificates and tokens are read once."""
+    from tether_services.runtime.reloading import Reloaded
+
+    _set(Reloaded, "refresh", lambda self: self.value)
 
 
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
@@ -304,4 +311,5 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "drain": _take_out_drain,
     "leak": _leak,
     "sizes": _take_out_sizes,
+    "reload": _take_out_reload,
 }

@@ -211,7 +211,7 @@ def test_a_token_works_and_is_revoked_within_a_second_or_so(tmp_path: Path) -> N
             await until(lambda: _is(name_or_code(channel, token), "UNAUTHENTICATED"))
             return time.monotonic() - started
 
-    assert run(scenario()) < 3
+    assert run(scenario()) < 10  # a busy machine included
 
 
 async def _is(found: Awaitable[str], expected: str) -> bool:
@@ -250,7 +250,9 @@ def test_a_broken_tokens_file_opens_nothing_and_shuts_nobody_out(
     run(scenario())
 
 
-@pytest.mark.parametrize(("num_bytes", "code"), [(8_000, "OK"), (20_000, "RESOURCE_EXHAUSTED")])
+@pytest.mark.parametrize(
+    ("num_bytes", "code"), [(8_000, "OK"), (17_000, "RESOURCE_EXHAUSTED"), (60_000, "RESOURCE_EXHAUSTED")]
+)
 def test_metadata_is_bounded(num_bytes: int, code: str) -> None:
     async def scenario() -> str:
         async with serving_runs() as served, grpc.aio.insecure_channel(served.target) as channel:

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.unit.reason_scan import ANY_CODE, ROOT, Given, Scan, Scanner, parse, read_source, written_words
+from tests.unit.reason_scan import ANY_CODE, PACKAGES, ROOT, Given, Scan, Scanner, parse, read_source, written_words
 from tether.reasons import GROUPS, PLACES, REASONS, REPEATS, Reason, find_reason
 from tether_services.documents.__main__ import services
 
@@ -28,6 +28,8 @@ CODE_NAMES = {code.name for code in grpc.StatusCode} - {"OK"}
 
 SERVICES = {service.name: {method.name for method in service.methods} for service in services()}
 SERVING = ("generator", "reward", "reference", "orchestrator", "runtime")
+COMMANDS = tuple(path.name for path in PACKAGES["tether_services"].iterdir() if path.name not in SERVING[:-1])
+"""Everything else of the services: the commands and what they run."""
 BACKING = {
     "GeneratorService": ("generator", "runtime"),
     "AdapterService": ("generator", "runtime"),
@@ -39,7 +41,7 @@ BACKING = {
     "start": SERVING,
     "run": (*SERVING, "tether"),
     "client": ("tether",),
-    "command": ("cli", "local", "recipes", "demo", "runtime", "tether"),
+    "command": (*COMMANDS, "tether"),
 }
 """Place -> parts of the source whose reasons reach it; a service of the contract needs a line."""
 EVERYWHERE = "tether.errors"
@@ -74,7 +76,7 @@ def entry_to_paste(reason: str, found: list[Given]) -> str:
     places = [place for place, backing in BACKING.items() if place in SERVICES and backing[0] in parts]
     if "runtime" in parts:
         places = ["every service"]
-    places += ["client"] * ("tether" in parts) + ["command"] * bool(parts & {"cli", "local", "recipes", "demo"})
+    places += ["client"] * ("tether" in parts) + ["command"] * bool(parts & {*COMMANDS} - {"runtime"})
     listed = ", ".join(f'"{place}"' for place in places)
     return (
         f"        Reason(\n"

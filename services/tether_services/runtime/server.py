@@ -317,10 +317,9 @@ class ServiceRunner:
         return await self._http.start(settings.http_address)
 
     def _options(self, port: Port) -> list[tuple[str, int]]:
-        settings = self._settings
-        options = server_options(port.max_message_bytes, settings.max_metadata_bytes)
-        age = {"grpc.max_connection_age_ms": int(1000 * settings.max_connection_age_seconds)}
-        return list((dict(options) | age).items())
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        given = server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
+        return list((dict(given) | age).items())
 
     def _check_address(self, address: str, *, field: str) -> None:
         lacking = lacking_protections(self._settings)

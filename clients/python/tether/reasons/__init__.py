@@ -14,6 +14,7 @@ from tether.reasons.adapters import ACTIVATION, VERIFICATION
 from tether.reasons.calls import ANY_CALL, SERVING, TRANSPORT
 from tether.reasons.entry import PLACES, REPEATS, Group, Reason, Repeat
 from tether.reasons.http import HTTP_PORT
+from tether.reasons.identity import IDENTITY
 from tether.reasons.programs import PROGRAMS
 from tether.reasons.runs import LEDGER, TRAINING
 
@@ -21,6 +22,7 @@ __all__ = ["GROUPS", "PLACES", "REASONS", "REPEATS", "Group", "Reason", "Repeat"
 
 GROUPS: Final[tuple[Group, ...]] = (
     ANY_CALL,
+    IDENTITY,
     SERVING,
     ACTIVATION,
     VERIFICATION,

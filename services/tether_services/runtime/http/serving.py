@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import h11
 import uvicorn
@@ -21,7 +21,7 @@ from tether.errors import InvalidArgumentError, TetherError, UnavailableError
 from tether_services.runtime.auth import split_address
 from tether_services.runtime.http.answers import error_answer
 from tether_services.runtime.http.front import Front
-from tether_services.runtime.limits import name_identities
+from tether_services.runtime.tls import identities_of
 
 SWEEP_SECONDS: Final = 0.25
 """Between two looks at all connections."""
@@ -64,7 +64,8 @@ class Connection(H11Protocol):
         self.waiting_since: float | None = time.monotonic()
         """Since when the head of a request is expected; None while there is none, or one is being answered."""
         self._unsent, self._unsent_since = 0, 0.0
-        identities = read_certificate(transport.get_extra_info("ssl_object"))
+        secure = transport.get_extra_info("ssl_object")
+        identities = () if secure is None else identities_of(secure.getpeercert())
         ends = time.monotonic() + self.config.limits.max_age_seconds
         self.app_state = {"identities": identities, "peer": _name_peer(self.client), "ends": ends}
         if len(self.connections) > self.config.limits.max_connections:
@@ -238,13 +239,3 @@ def _name_peer(client: tuple[str, int] | None) -> str:
         return "unknown"
     host, port = client
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-
-
-def read_certificate(tls: Any) -> tuple[str, ...]:
-    """Return the verified name in a caller's certificate, see `CallInfo.identities`; empty without one."""
-    certificate = tls.getpeercert() if tls is not None else None
-    if not certificate:
-        return ()
-    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
-    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    return name_identities(uris, names)
