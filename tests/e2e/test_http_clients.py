@@ -1,4 +1,4 @@
-"""curl, Node over gRPC, Node's fetch and the Python client get the same scores from one service."""
+"""curl, Node over gRPC and with fetch, the Connect library and the Python client get the same scores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from connectrpc.client import ConnectClient
+from connectrpc.code import Code
+from connectrpc.compat import google_protobuf_binary_codec, google_protobuf_json_codec
+from connectrpc.errors import ConnectError
+from connectrpc.method import IdempotencyLevel, MethodInfo, StreamType
+from google.protobuf import json_format
 
 from tests.rpc.http_calls import LOCAL_HTTP
 from tests.rpc.serving import Served, run, serving
 from tether import RewardClient, ScoreItem
+from tether.v1 import reward_pb2
 from tether_services.generator.config import GeneratorSettings
 from tether_services.generator.service import GeneratorService
 from tether_services.reward.config import RewardSettings
@@ -104,6 +111,30 @@ def test_fetch_of_node_gets_the_scores_and_the_errors() -> None:
         assert answers["score"]["status"] == 200 and scores(answers["score"]["body"]) == EXPECTED
         assert answers["none"]["status"] == 400
         assert answers["none"]["body"]["details"][1]["debug"]["fieldViolations"][0]["field"] == "items"
+
+    with_reward(scenario)
+
+
+def test_a_client_of_the_connect_library_gets_the_scores_and_the_errors_in_both_forms() -> None:
+    info: MethodInfo[Any, Any] = MethodInfo(
+        name="Score",
+        service_name="tether.v1.RewardService",
+        input=reward_pb2.ScoreRequest,
+        output=reward_pb2.ScoreResponse,
+        idempotency_level=IdempotencyLevel.UNKNOWN,
+        stream_type=StreamType.UNARY,
+    )
+
+    async def scenario(served: Served) -> None:
+        request = json_format.ParseDict(MESSAGE, reward_pb2.ScoreRequest())
+        for codec in (google_protobuf_json_codec(), google_protobuf_binary_codec()):
+            async with ConnectClient(f"http://127.0.0.1:{served.runner.http_port}", codec=codec) as client:
+                answer = await client.execute_unary(request=request, method=info, timeout_ms=20_000)
+                assert [score.score for score in answer.scores[:2]] == EXPECTED
+                with pytest.raises(ConnectError, match="0 items") as caught:
+                    await client.execute_unary(request=reward_pb2.ScoreRequest(), method=info)
+                assert caught.value.code is Code.INVALID_ARGUMENT
+                assert caught.value.details[0].type_name == "google.rpc.ErrorInfo"
 
     with_reward(scenario)
 
