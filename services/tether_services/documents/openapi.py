@@ -29,7 +29,7 @@ _TIMEOUT: Final[Schema] = {
     "required": False,
     "description": "Deadline of the call in milliseconds, at most `max_deadline_seconds` of the service; its default"
     " where there is none.",
-    "schema": {"type": "integer", "minimum": 0, "maximum": 9_999_999_999},
+    "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
     "example": 30_000,
 }
 _DETAIL: Final = "One of the messages of google.rpc that describe the error."

@@ -13,6 +13,7 @@ from typing import Final
 from tether.reasons.adapters import ACTIVATION, VERIFICATION
 from tether.reasons.calls import ANY_CALL, SERVING, TRANSPORT
 from tether.reasons.entry import PLACES, REPEATS, Group, Reason, Repeat
+from tether.reasons.http import HTTP_PORT
 from tether.reasons.identity import IDENTITY
 from tether.reasons.programs import PROGRAMS
 from tether.reasons.runs import LEDGER, TRAINING
@@ -27,6 +28,7 @@ GROUPS: Final[tuple[Group, ...]] = (
     VERIFICATION,
     LEDGER,
     TRAINING,
+    HTTP_PORT,
     PROGRAMS,
     TRANSPORT,
 )
