@@ -25,9 +25,17 @@ IGNORED_KEYS = {
         "batch.max_tokens",
         "batch.max_delay_seconds",
         "batch.mix_calls",
+        "batch.training_share",
     ),
     "transformers": ("gpu_memory_utilization", "fake_token_seconds"),
-    "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds", "batch.mix_calls"),
+    "vllm": (
+        "device",
+        "fake_token_seconds",
+        "batch.max_tokens",
+        "batch.max_delay_seconds",
+        "batch.mix_calls",
+        "batch.training_share",
+    ),
 }
 """Settings that an engine would ignore, so that setting them is an error."""
 

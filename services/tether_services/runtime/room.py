@@ -34,10 +34,11 @@ class Shortage:
 class Room:
     """Places of a queue. Each lane has `limit` of its own, so that no other caller can take those of a training run.
 
-    A caller that holds some may hold at most `caller_share` of what the others of its lane leave. So there is always
-    room for those who hold little: with N callers that take all they get, a part of (1 - s) / (1 - s + s * N) of the
-    lane stays free. Who holds none may take any free places: a single call is bounded by the service. Where the service
-    is open everybody is the same caller, and there is nobody to protect.
+    A caller that holds some may hold at most `caller_share` (s) of what the others of its lane leave. So those who hold
+    little find places however much others want: the first N that take all they get leave (1 - s)^N of the lane, and a
+    part of (1 - s) / (1 - s + s * N) once their first items are served. Who holds none may take any free places: a
+    single call is bounded by the service. Where the service is open everybody is the same caller, and there is nobody
+    to protect.
     """
 
     def __init__(self, *, limit: int, caller_share: float) -> None:
