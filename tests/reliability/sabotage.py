@@ -256,6 +256,13 @@ def _take_out_epoch() -> None:
     _set(Fence, "check", lambda self, run_id, epoch: None)
 
 
+def _take_out_drain() -> None:
+    """A service that is told to end does so at once."""
+    from tether_services.runtime.server import ServiceRunner
+
+    _set(ServiceRunner, "close", lambda self: os._exit(0))
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
@@ -272,4 +279,5 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "alarms": _take_out_alarms,
     "spoil": _spoil,
     "epoch": _take_out_epoch,
+    "drain": _take_out_drain,
 }

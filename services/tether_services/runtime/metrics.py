@@ -71,6 +71,7 @@ class RequestMetrics:
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
+        self.in_flight = Gauge(f"tether_{service}_calls_in_flight", "Calls that have no answer yet.", registry=registry)
         for method in methods:
             self.seconds.labels(method)
             for code in ("OK", *(code.name for code in BY_CODE)):

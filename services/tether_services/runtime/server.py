@@ -25,6 +25,7 @@ from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
@@ -203,7 +204,7 @@ class ServiceRunner:
             readiness_guard(lambda: self.health.not_ready_reason),
             deadline_guard(self._settings.max_deadline_seconds),
         ]
-        chain = Chain(guards, metrics)
+        chain = Chain(Pipeline(guards, metrics))
         for port in self._service.ports():
             self.bound_ports.append(await self._listen(port, chain))
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
@@ -236,7 +237,7 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain) -> int:
         check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
-        server = grpc.aio.server(interceptors=[chain], options=server_options(port.max_message_bytes))
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
         if self._settings.reflection:
@@ -251,10 +252,15 @@ class ServiceRunner:
         self._servers.append(server)
         return number
 
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        return list((dict(server_options(port.max_message_bytes)) | age).items())
+
     async def close(self) -> None:
-        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining")
+        """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
+        await asyncio.sleep(self._settings.drain_notice_seconds)
         if self._watch is not None:
             self._watch.cancel()
         await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))

@@ -47,6 +47,10 @@ class ServerSettings(Settings):
     """Calls must carry a deadline of at most this."""
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
     """After SIGTERM, calls in flight get this long to finish."""
+    drain_notice_seconds: float = Field(default=0.0, ge=0, le=3600)
+    """Before that, readiness fails for this long while calls are still taken, so that balancers notice in time."""
+    max_connection_age_seconds: float = Field(default=1800.0, gt=0, le=86400)
+    """A connection is closed, without loss, at about this age: clients then look for new replicas."""
     liveness_seconds: float = Field(default=5.0, gt=0, le=3600)
     """The engine answers a tiny request this often, or is seen to compute, within this time, or liveness fails."""
     threads: int = Field(default=1, ge=1, le=1024)
