@@ -28,14 +28,7 @@ IGNORED_KEYS = {
         "batch.training_share",
     ),
     "transformers": ("gpu_memory_utilization", "fake_token_seconds"),
-    "vllm": (
-        "device",
-        "fake_token_seconds",
-        "batch.max_tokens",
-        "batch.max_delay_seconds",
-        "batch.mix_calls",
-        "batch.training_share",
-    ),
+    "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds", "batch.mix_calls"),
 }
 """Settings that an engine would ignore, so that setting them is an error."""
 
