@@ -24,7 +24,7 @@ from tether_services.runtime.threads import thread_environment
 
 __all__ = ["Replica", "load", "read_metric", "start_replicas"]
 
-CALL_SECONDS: Final = 5.0
+CALL_SECONDS: Final = 20.0
 
 
 @dataclass(slots=True)

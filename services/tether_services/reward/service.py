@@ -19,6 +19,7 @@ from tether_services.reward.items import PreparedItem, ScoreInput
 from tether_services.reward.metrics import RewardMetrics
 from tether_services.reward.models import Judgement, Refusal, RewardModel, load_model
 from tether_services.runtime.batching import Batcher
+from tether_services.runtime.callers import charge_tokens
 from tether_services.runtime.checks import check_page
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.server import Port
@@ -167,6 +168,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             prepared = await self._in_text_thread(prepare_all, model, items)
             ready = [item for item in prepared if isinstance(item, PreparedItem)]
             queued = [((model.name, item), max(1, item.task.num_tokens)) for item in ready]
+            charge_tokens(sum(tokens for _, tokens in queued))
             answers = self._batcher.submit_all(queued, key=model.name, timeout_seconds=timeout_seconds, place=place)
             judged = iter(await answers)
         outcomes = [next(judged) if isinstance(item, PreparedItem) else item for item in prepared]

@@ -5,6 +5,7 @@ Families of a service are named `tether_<service>_<noun>_<unit>`. GPU families e
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -52,6 +53,13 @@ def start_metrics_server(address: str, registry: CollectorRegistry) -> int:
     except OSError as error:
         raise InvalidArgumentError(f"Cannot listen on {address}: {error.strerror}.", field="metrics_address") from error
     return int(server.server_port)
+
+
+def watch_tasks(service: str, registry: CollectorRegistry) -> None:
+    """Export how many tasks the running event loop has: a number that only grows is a leak."""
+    loop = asyncio.get_running_loop()
+    tasks = Gauge(f"tether_{service}_tasks", "Tasks on the event loop.", registry=registry)
+    tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 class RequestMetrics:
