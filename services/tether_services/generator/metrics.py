@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from tether_services.generator.engine import EngineCompletion, EngineDescription
@@ -18,8 +16,8 @@ RESTORE_RESULTS = ("ok", "refused")
 class GeneratorMetrics:
     """What the generator counts besides calls."""
 
-    def __init__(self, registry: CollectorRegistry, *, queue_limit: int, callers: Iterable[str] = ()) -> None:
-        self.queue = QueueMetrics("generator", registry, queue_limit=queue_limit, callers=callers)
+    def __init__(self, registry: CollectorRegistry, *, queue_limit: int) -> None:
+        self.queue = QueueMetrics("generator", registry, queue_limit=queue_limit)
         self.tokens = Counter("tether_generator_tokens_total", "Tokens sampled.", registry=registry)
         self.prompt_tokens = Counter("tether_generator_prompt_tokens_total", "Prompt tokens read.", registry=registry)
         self.completions = Counter(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from prometheus_client import CollectorRegistry, Counter, Info
 
 from tether_services.runtime.metrics import QueueMetrics
@@ -12,8 +10,8 @@ from tether_services.runtime.metrics import QueueMetrics
 class RewardMetrics:
     """Queue, batches, items, tokens and the identity of the models."""
 
-    def __init__(self, registry: CollectorRegistry, *, queue_limit: int, callers: Iterable[str] = ()) -> None:
-        self.queue = QueueMetrics("reward", registry, queue_limit=queue_limit, callers=callers, counts_padding=True)
+    def __init__(self, registry: CollectorRegistry, *, queue_limit: int) -> None:
+        self.queue = QueueMetrics("reward", registry, queue_limit=queue_limit, counts_padding=True)
         self.items = Counter(
             "tether_reward_items_total",
             "Items by outcome: scored, refused (the caller's mistake) or failed (ours).",

@@ -307,7 +307,6 @@ class Batcher(Generic[ItemT, ResultT]):
             self._room.give_back(caller, 1)
             self._metrics.wait.observe(now - ticket.value.enqueued)
             self._metrics.count_items(caller.name, "executed")
-            self._metrics.count_tokens(caller.name, ticket.tokens)
         self._show_depth()
         if tickets:
             self._metrics.batch_items.observe(len(tickets))

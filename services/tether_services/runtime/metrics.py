@@ -21,14 +21,12 @@ from tether.errors import BY_CODE, InvalidArgumentError, TetherError
 from tether_services.runtime.auth import split_address
 from tether_services.runtime.callers import ANONYMOUS
 from tether_services.runtime.fair_queue import LANES
+from tether_services.runtime.refusals import OTHER, CallerLabels
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MAX_CALLER_LABELS = 50
-"""Callers with series of their own; more would make a series cost more than it tells."""
-OTHER_CALLERS = "other"
-"""Label of all the rest."""
+ITEM_OUTCOMES = ("executed", "rejected", "dropped")
 
 
 def new_registry() -> CollectorRegistry:
@@ -100,7 +98,6 @@ class QueueMetrics:
         registry: CollectorRegistry,
         *,
         queue_limit: int,
-        callers: Iterable[str] = (),
         counts_padding: bool = False,
     ) -> None:
         """Create the families.
@@ -109,7 +106,6 @@ class QueueMetrics:
             service: Part of their names.
             registry: Where they are registered.
             queue_limit: Items that may wait in each lane.
-            callers: Names that the operator gave; the first 50 become labels, every other caller is "other".
             counts_padding: Whether the engine pads rows and counts it.
         """
         prefix = f"tether_{service}"
@@ -135,9 +131,6 @@ class QueueMetrics:
             ["caller", "outcome"],
             registry=registry,
         )
-        self.caller_tokens = Counter(
-            f"{prefix}_caller_tokens_total", "Tokens executed, by caller.", ["caller"], registry=registry
-        )
         self.forward_tokens = (
             Counter(
                 f"{prefix}_forward_tokens_total",
@@ -148,16 +141,13 @@ class QueueMetrics:
             if counts_padding
             else None
         )
-        self._callers = frozenset(list(callers)[:MAX_CALLER_LABELS]) | {ANONYMOUS.name}
+        self._labels = CallerLabels()
+        self._series: dict[str, dict[str, Counter]] = {}
         self._create_children()
 
     def count_items(self, caller: str, outcome: str, count: int = 1) -> None:
-        """Count items of a caller under their name if the operator knows it."""
-        self.caller_items.labels(self._label(caller), outcome).inc(count)
-
-    def count_tokens(self, caller: str, count: int) -> None:
-        """Count executed tokens of a caller under their name if the operator knows it."""
-        self.caller_tokens.labels(self._label(caller)).inc(count)
+        """Count items of a caller; after many callers, further ones share their series."""
+        self._series_of(self._labels.of(caller))[outcome].inc(count)
 
     def count_passes(self, *, real: int, padding: int) -> None:
         """Count the tokens of forward passes, where the engine tells them."""
@@ -165,8 +155,13 @@ class QueueMetrics:
             self.forward_tokens.labels("real").inc(real)
             self.forward_tokens.labels("padding").inc(padding)
 
-    def _label(self, caller: str) -> str:
-        return caller if caller in self._callers else OTHER_CALLERS
+    def _series_of(self, label: str) -> dict[str, Counter]:
+        """Return the counters of a caller by outcome; all of them exist from its first item on."""
+        found = self._series.get(label)
+        if found is None:
+            found = {outcome: self.caller_items.labels(label, outcome) for outcome in ITEM_OUTCOMES}
+            self._series[label] = found
+        return found
 
     def _create_children(self) -> None:
         """Have every series from the start, at 0: an absent one cannot raise an alert."""
@@ -174,10 +169,8 @@ class QueueMetrics:
             self.lane_depth.labels(lane)
         for reason in ("queue_full", "caller_full", "deadline", "cancelled"):
             self.rejected.labels(reason)
-        for caller in (*sorted(self._callers), OTHER_CALLERS):
-            self.caller_tokens.labels(caller)
-            for outcome in ("executed", "rejected", "dropped"):
-                self.caller_items.labels(caller, outcome)
+        for caller in (ANONYMOUS.name, OTHER):
+            self._series_of(caller)
         if self.forward_tokens is not None:
             for kind in ("real", "padding"):
                 self.forward_tokens.labels(kind)

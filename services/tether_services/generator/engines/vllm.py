@@ -210,7 +210,6 @@ class VllmEngine:
             self._queue.depth.dec()
         self._queue.wait.observe(loop.time() - started)
         self._queue.count_items(current_caller().name, "executed")
-        self._queue.count_tokens(current_caller().name, tokens)
         try:
             yield
         finally:
