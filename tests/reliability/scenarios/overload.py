@@ -49,7 +49,6 @@ class Crowd:
             callers=tuple(CallerPlan(name, rate, self.tokens[name]) for name, rate in rates.items()),
             duration_seconds=seconds,
             concurrency=64 if any(rates.values()) else 8,
-            arrivals="poisson",
             seed=seed,
             items=ItemPlan(per_call=ITEMS_PER_CALL, min_tokens=32, max_tokens=32),
         )
