@@ -22,7 +22,7 @@ def service_process(name: str, model: Path, *settings: str) -> Iterator[dict[str
     """Serve a model until the block ends; yields the addresses by the names of their settings.
 
     Args:
-        name: "generator" or "reference".
+        name: "generator", "reward" or "reference".
         model: Folder of the model.
         settings: More settings, KEY=VALUE.
     """

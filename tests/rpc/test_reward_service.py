@@ -248,6 +248,23 @@ def test_a_full_queue_refuses_with_a_delay_and_the_service_recovers() -> None:
     with_reward(scenario, models=[rule("wait_for_gate")], max_items=4, batch={"queue_limit": 4, "max_items": 4})
 
 
+def test_a_call_without_room_is_refused_before_it_is_read() -> None:
+    reward_rules.GATE.clear()
+
+    async def scenario(client: RewardClient, served: Served) -> None:
+        unreadable = [ScoreItem(response="")]
+        assert (await client.score(unreadable)).scores[0].error is not None, "with room, the item has an error"
+        waiting = [asyncio.create_task(client.score([ScoreItem(response="x")] * 4)) for _ in range(2)]
+        while served.value("tether_reward_queue_depth") != 4:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ResourceExhaustedError):
+            await client.score(unreadable)
+        reward_rules.GATE.set()
+        await asyncio.gather(*waiting)
+
+    with_reward(scenario, models=[rule("wait_for_gate")], max_items=4, batch={"queue_limit": 4, "max_items": 4})
+
+
 def test_an_engine_that_hangs_turns_health_and_only_then_calls_are_refused() -> None:
     reward_rules.GATE.clear()
 

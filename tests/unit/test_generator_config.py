@@ -32,6 +32,7 @@ def load(**values: Any) -> GeneratorSettings:
         ({"GeneratorSettings"}, {"engine": "vllm", "model": "x", "device": "cpu"}),
         ({"GeneratorSettings"}, {"engine": "fake", "max_n": 64, "batch__queue_limit": 63}),
         ({"GeneratorSettings"}, {"engine": "fake", "batch__max_items": 3}),
+        ({"GeneratorSettings"}, {"engine": "fake", "batch__training_share": 0.3}),
         ({"GeneratorSettings"}, {"engine": "vllm", "model": "x", "batch__max_delay_seconds": 1}),
         ({"engine"}, {"engine": "tgi"}),
         ({"dtype"}, {"model": "x", "dtype": "int4"}),

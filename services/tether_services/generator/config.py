@@ -25,6 +25,7 @@ IGNORED_KEYS = {
         "batch.max_tokens",
         "batch.max_delay_seconds",
         "batch.mix_calls",
+        "batch.training_share",
     ),
     "transformers": ("gpu_memory_utilization", "fake_token_seconds"),
     "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds", "batch.mix_calls"),

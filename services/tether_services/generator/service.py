@@ -76,7 +76,9 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
             uploads,
             AdapterPushes(self._prover, self.adapters, uploads, fence, self.metrics),
         )
-        self._admission = Admission(self.metrics, limit=settings.batch.queue_limit)
+        self._admission = Admission(
+            self.metrics, limit=settings.batch.queue_limit, caller_share=settings.batch.caller_share
+        )
         self._admin = AdapterService(
             self._parts, lambda: self.engine.description, max_bytes=settings.adapters.max_bytes
         )

@@ -11,7 +11,7 @@ class ReferenceMetrics:
     """Queue, batches, tokens and the identity of the model."""
 
     def __init__(self, registry: CollectorRegistry, *, queue_limit: int) -> None:
-        self.queue = QueueMetrics("reference", registry, queue_limit=queue_limit)
+        self.queue = QueueMetrics("reference", registry, queue_limit=queue_limit, counts_padding=True)
         self.tokens = Counter(
             "tether_reference_tokens_total", "Tokens evaluated, by part of the item.", ["part"], registry=registry
         )

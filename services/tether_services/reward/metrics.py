@@ -11,7 +11,7 @@ class RewardMetrics:
     """Queue, batches, items, tokens and the identity of the models."""
 
     def __init__(self, registry: CollectorRegistry, *, queue_limit: int) -> None:
-        self.queue = QueueMetrics("reward", registry, queue_limit=queue_limit)
+        self.queue = QueueMetrics("reward", registry, queue_limit=queue_limit, counts_padding=True)
         self.items = Counter(
             "tether_reward_items_total",
             "Items by outcome: scored, refused (the caller's mistake) or failed (ours).",

@@ -166,11 +166,13 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self, model: RewardModel, items: Sequence[reward_pb2.ScoreItem], *, timeout_seconds: float
     ) -> list[Outcome]:
         """Return a judgement or a refusal per item, in order."""
-        prepared = await self._in_text_thread(prepare_all, model, items)
-        ready = [item for item in prepared if isinstance(item, PreparedItem)]
-        queued = [((model.name, item), max(1, item.task.num_tokens)) for item in ready]
-        charge_tokens(sum(tokens for _, tokens in queued))
-        judged = iter(await self._batcher.submit_all(queued, key=model.name, timeout_seconds=timeout_seconds))
+        with self._batcher.reserve(len(items)) as place:  # before any reading: a call without room costs nothing
+            prepared = await self._in_text_thread(prepare_all, model, items)
+            ready = [item for item in prepared if isinstance(item, PreparedItem)]
+            queued = [((model.name, item), max(1, item.task.num_tokens)) for item in ready]
+            charge_tokens(sum(tokens for _, tokens in queued))
+            answers = self._batcher.submit_all(queued, key=model.name, timeout_seconds=timeout_seconds, place=place)
+            judged = iter(await answers)
         outcomes = [next(judged) if isinstance(item, PreparedItem) else item for item in prepared]
         self._count(outcomes)
         return outcomes

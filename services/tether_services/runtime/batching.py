@@ -4,6 +4,8 @@ A batch closes when it would exceed `max_items` or `max_tokens`, or when its fir
 While the engine works, the queue fills, so batches grow under load and stay small without it. Items whose caller has
 gone or whose deadline has passed are dropped before the engine sees them.
 
+Whose items come next is decided by `fair_queue`, who may wait at all by `room`.
+
 The floating-point results of a model depend on what shares its batch. With `mix_calls = false` a batch is made of the
 items of one call alone, so that its results are the same whatever else is in flight.
 """
@@ -12,15 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
 from tether.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
+from tether_services.runtime.callers import Caller, current_caller
+from tether_services.runtime.fair_queue import LANES, FairQueue, Ticket
 from tether_services.runtime.metrics import QueueMetrics
+from tether_services.runtime.pass_tally import tallied_passes
+from tether_services.runtime.room import DrainRate, Room, Shortage
 from tether_services.runtime.settings import Settings
 
 ItemT = TypeVar("ItemT")
@@ -34,10 +40,18 @@ class BatchSettings(Settings):
     """Items per executed batch at most."""
     max_tokens: int = Field(default=16384, ge=1)
     """Tokens per executed batch at most, padding not counted; a single larger item runs alone."""
-    max_delay_seconds: float = Field(default=0.005, ge=0, le=10)
-    """How long the first item of a batch waits for company."""
+    max_delay_seconds: float = Field(default=0.0, ge=0, le=10)
+    """How long the first item of a batch waits for company while the engine is idle; items that come while it works
+    gather anyway."""
     queue_limit: int = Field(default=2048, ge=1)
-    """Items that may wait; more are refused with RESOURCE_EXHAUSTED."""
+    """Items that may wait in each of the two lanes, shared and training; more are refused with RESOURCE_EXHAUSTED."""
+    caller_share: float = Field(default=0.5, gt=0, le=1)
+    """Part of the places left by others that one named caller may hold, so that others always find some."""
+    training_share: float = Field(default=0.5, ge=0.05, le=0.95)
+    """Part of the executed tokens that callers of the training lane get while both lanes wait; what they do not use
+    goes to the others."""
+    credit_tokens: int = Field(default=4096, ge=0)
+    """Tokens, times its weight, that are served ahead to a caller that has used less than its fair share lately."""
     mix_calls: bool = True
     """Whether items of several calls share a batch; false is slower, and bit-identical whatever else is in flight."""
 
@@ -49,11 +63,20 @@ class BatchSettings(Settings):
         return self
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Place:
+    """Places in the queue that a caller holds for items that do not wait yet."""
+
+    caller: Caller
+    """Who holds them."""
+    count: int
+    """How many."""
+
+
+@dataclass(slots=True, eq=False)
 class _Entry(Generic[ItemT, ResultT]):
     item: ItemT
-    tokens: int
-    key: Hashable
+    caller: Caller
     deadline: float
     future: asyncio.Future[ResultT]
     enqueued: float = field(default_factory=time.monotonic)
@@ -78,7 +101,11 @@ class Batcher(Generic[ItemT, ResultT]):
         self._run = run
         self._settings = settings
         self._metrics = metrics
-        self._queue: deque[_Entry[ItemT, ResultT]] = deque()
+        self._queue = FairQueue[_Entry[ItemT, ResultT]](
+            training_share=settings.training_share, credit_tokens=settings.credit_tokens
+        )
+        self._room = Room(limit=settings.queue_limit, caller_share=settings.caller_share)
+        self._drain = DrainRate()
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._executing = False
@@ -116,10 +143,43 @@ class Batcher(Generic[ItemT, ResultT]):
         self._arrived.set()
         await turn
 
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[Place]:
+        """Hold places of the current caller while its items are still being read; the rest is given back at the end.
+
+        So a call without room costs no reading, and what is being read is bounded too.
+
+        Raises:
+            ResourceExhaustedError: There is no room; with the time after which to call again.
+            UnavailableError: The batcher has stopped.
+        """
+        self._check_working()
+        caller = current_caller()
+        shortage = self._room.shortage(caller, count)
+        if shortage is not None:
+            raise self._refuse(caller, count, shortage)
+        self._room.take(caller, count)
+        place = Place(caller, count)
+        try:
+            yield place
+        finally:
+            self._room.give_back(caller, place.count)
+
     async def submit_all(
-        self, items: Sequence[tuple[ItemT, int]], *, key: Hashable = None, timeout_seconds: float
+        self,
+        items: Sequence[tuple[ItemT, int]],
+        *,
+        key: Hashable = None,
+        timeout_seconds: float,
+        place: Place | None = None,
     ) -> list[ResultT]:
         """Return the results of (item, tokens) pairs in order. All or none are queued.
+
+        Args:
+            items: What to execute, and its cost.
+            key: Items with different keys never share a batch.
+            timeout_seconds: Items that wait longer are dropped.
+            place: From `reserve`, for at least so many items; None takes places now.
 
         Raises:
             ResourceExhaustedError: The queue has no room for all of them.
@@ -128,28 +188,56 @@ class Batcher(Generic[ItemT, ResultT]):
             Exception: Whatever `run` returned for an item.
         """
         self._check_working()
-        if len(self._queue) + len(items) > self._settings.queue_limit:
-            self._metrics.rejected.labels("queue_full").inc(len(items))
-            raise ResourceExhaustedError(
-                f"The queue holds {len(self._queue)} of {self._settings.queue_limit} items; {len(items)} do not fit.",
-                retry_after_seconds=1.0,
-            )
-        loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + timeout_seconds
         if not self._settings.mix_calls:
             self._num_calls += 1
             key = (key, self._num_calls)
-        entries = [_Entry[ItemT, ResultT](item, tokens, key, deadline, loop.create_future()) for item, tokens in items]
-        self._queue.extend(entries)
-        self._unanswered.update(entry.future for entry in entries)
-        self._metrics.depth.set(len(self._queue))
+        with self.reserve(len(items)) if place is None else nullcontext(place) as held:
+            tickets = self._enqueue(items, key, held, deadline=time.monotonic() + timeout_seconds)
+            try:
+                return list(await asyncio.gather(*(ticket.value.future for ticket in tickets)))
+            finally:
+                self._forget(tickets)
+
+    def _enqueue(
+        self, items: Sequence[tuple[ItemT, int]], key: Hashable, place: Place, *, deadline: float
+    ) -> list[Ticket[_Entry[ItemT, ResultT]]]:
+        """Turn places into waiting items."""
+        assert len(items) <= place.count, "more items than places"
+        loop, caller = asyncio.get_running_loop(), place.caller
+        tickets = [
+            self._queue.push(
+                _Entry[ItemT, ResultT](item, caller, deadline, loop.create_future()),
+                caller=caller,
+                tokens=tokens,
+                key=key,
+            )
+            for item, tokens in items
+        ]
+        place.count -= len(tickets)
+        self._unanswered.update(ticket.value.future for ticket in tickets)
+        self._show_depth()
         self._arrived.set()
-        try:
-            return list(await asyncio.gather(*(entry.future for entry in entries)))
-        finally:
-            for entry in entries:
-                entry.future.cancel()
-            self._unanswered.difference_update(entry.future for entry in entries)
+        return tickets
+
+    def _forget(self, tickets: Sequence[Ticket[_Entry[ItemT, ResultT]]]) -> None:
+        """Take out what still waits of a call that has ended."""
+        for ticket in tickets:
+            ticket.value.future.cancel()
+            if self._queue.discard(ticket):
+                self._count_dropped(ticket, "cancelled")
+        self._unanswered.difference_update(ticket.value.future for ticket in tickets)
+        self._show_depth()
+
+    def _refuse(self, caller: Caller, count: int, shortage: Shortage) -> ResourceExhaustedError:
+        """Return the error of items without room, counted."""
+        self._metrics.rejected.labels(shortage.reason).inc(count)
+        self._metrics.count_items(caller.name, "rejected", count)
+        whose = "of this caller " if shortage.reason == "caller_full" else ""
+        return ResourceExhaustedError(
+            f"{shortage.held} items {whose}wait and {shortage.limit} may; {count} more do not fit. "
+            "Call again after the time given.",
+            retry_after_seconds=self._drain.seconds_until(shortage.excess, share=self._queue.share_of(caller)),
+        )
 
     async def _work(self) -> None:
         while True:
@@ -208,50 +296,62 @@ class Batcher(Generic[ItemT, ResultT]):
                 turn.set_result(None)
 
     def _is_full(self) -> bool:
-        tokens = sum(entry.tokens for entry in self._queue)
-        return len(self._queue) >= self._settings.max_items or tokens >= self._settings.max_tokens
+        return len(self._queue) >= self._settings.max_items or self._queue.tokens >= self._settings.max_tokens
 
     def _take(self) -> list[_Entry[ItemT, ResultT]]:
-        """Remove the next batch from the queue: the oldest live item and the following ones with its key that fit."""
-        batch: list[_Entry[ItemT, ResultT]] = []
-        passed_over: deque[_Entry[ItemT, ResultT]] = deque()
-        tokens = 0
+        """Remove the next batch from the queue: live items of one key that fit, in fair order."""
         now = time.monotonic()
-        while self._queue and len(batch) < self._settings.max_items:
-            entry = self._queue.popleft()
-            if self._dropped(entry, now):
-                continue
-            if batch and (entry.key != batch[0].key or tokens + entry.tokens > self._settings.max_tokens):
-                passed_over.append(entry)
-                continue
-            batch.append(entry)
-            tokens += entry.tokens
-            self._metrics.wait.observe(now - entry.enqueued)
-        self._queue.extendleft(reversed(passed_over))
-        self._metrics.depth.set(len(self._queue))
-        if batch:
-            self._metrics.batch_items.observe(len(batch))
-            self._metrics.batch_tokens.observe(tokens)
-        return batch
+        tickets = self._queue.take(
+            max_items=self._settings.max_items,
+            max_tokens=self._settings.max_tokens,
+            drop=lambda ticket: self._dropped(ticket, now),
+        )
+        for ticket in tickets:
+            caller = ticket.value.caller
+            self._room.give_back(caller, 1)
+            self._metrics.wait.observe(now - ticket.value.enqueued)
+            self._metrics.count_items(caller.name, "executed")
+        self._show_depth()
+        if tickets:
+            self._metrics.batch_items.observe(len(tickets))
+            self._metrics.batch_tokens.observe(sum(ticket.tokens for ticket in tickets))
+        return [ticket.value for ticket in tickets]
 
-    def _dropped(self, entry: _Entry[ItemT, ResultT], now: float) -> bool:
+    def _dropped(self, ticket: Ticket[_Entry[ItemT, ResultT]], now: float) -> bool:
+        entry = ticket.value
         if entry.future.done():
-            self._metrics.rejected.labels("cancelled").inc()
+            self._count_dropped(ticket, "cancelled")
             return True
         if entry.deadline <= now:
-            self._metrics.rejected.labels("deadline").inc()
+            self._count_dropped(ticket, "deadline")
             entry.future.set_exception(DeadlineExceededError("The deadline passed while the item waited in the queue."))
             return True
         return False
 
+    def _count_dropped(self, ticket: Ticket[_Entry[ItemT, ResultT]], reason: str) -> None:
+        """Count an item that leaves the queue unexecuted, and free its place."""
+        caller = ticket.value.caller
+        self._room.give_back(caller, 1)
+        self._metrics.rejected.labels(reason).inc()
+        self._metrics.count_items(caller.name, "dropped")
+
+    def _show_depth(self) -> None:
+        self._metrics.depth.set(len(self._queue))
+        for lane in LANES:
+            self._metrics.lane_depth.labels(lane).set(self._queue.lane_size(lane))
+
     async def _execute(self, batch: Sequence[_Entry[ItemT, ResultT]]) -> None:
         self._executing = True
+        started = time.monotonic()
         try:
-            results = await self._run([entry.item for entry in batch])
+            with tallied_passes() as passes:
+                results = await self._run([entry.item for entry in batch])
+            self._metrics.count_passes(real=passes.real_tokens, padding=passes.padding_tokens)
             if len(results) != len(batch):
                 raise InternalError(f"The engine gave {len(results)} results for {len(batch)} items.")
         except Exception as error:  # one failed batch must not end the worker; its callers get the error
             results = [error] * len(batch)
+        self._drain.observe(num_items=len(batch), seconds=time.monotonic() - started)
         for entry, result in zip(batch, results, strict=True):
             if entry.future.done():
                 continue

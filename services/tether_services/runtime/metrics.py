@@ -19,10 +19,14 @@ from prometheus_client.registry import Collector
 
 from tether.errors import BY_CODE, InvalidArgumentError, TetherError
 from tether_services.runtime.auth import split_address
+from tether_services.runtime.callers import ANONYMOUS
+from tether_services.runtime.fair_queue import LANES
+from tether_services.runtime.refusals import OTHER, CallerLabels
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ITEM_OUTCOMES = ("executed", "rejected", "dropped")
 
 
 def new_registry() -> CollectorRegistry:
@@ -86,12 +90,28 @@ class RequestMetrics:
 
 
 class QueueMetrics:
-    """The queue and the executed batches of an engine."""
+    """The queue and the executed batches of an engine, and whose items they are."""
 
-    def __init__(self, service: str, registry: CollectorRegistry, *, queue_limit: int) -> None:
+    def __init__(
+        self,
+        service: str,
+        registry: CollectorRegistry,
+        *,
+        queue_limit: int,
+        counts_padding: bool = False,
+    ) -> None:
+        """Create the families.
+
+        Args:
+            service: Part of their names.
+            registry: Where they are registered.
+            queue_limit: Items that may wait in each lane.
+            counts_padding: Whether the engine pads rows and counts it.
+        """
         prefix = f"tether_{service}"
         self.depth = Gauge(f"{prefix}_queue_depth", "Items waiting.", registry=registry)
-        self.limit = Gauge(f"{prefix}_queue_limit", "Items that may wait.", registry=registry)
+        self.lane_depth = Gauge(f"{prefix}_queue_lane_depth", "Items waiting, by lane.", ["lane"], registry=registry)
+        self.limit = Gauge(f"{prefix}_queue_limit", "Items that may wait in each lane.", registry=registry)
         self.limit.set(queue_limit)
         self.wait = Histogram(
             f"{prefix}_queue_wait_seconds", "Time an item waited.", buckets=LATENCY_BUCKETS, registry=registry
@@ -105,8 +125,55 @@ class QueueMetrics:
         self.rejected = Counter(
             f"{prefix}_rejected_total", "Items refused or dropped unexecuted.", ["reason"], registry=registry
         )
-        for reason in ("queue_full", "deadline", "cancelled"):
+        self.caller_items = Counter(
+            f"{prefix}_caller_items_total",
+            "Items by caller and outcome: executed, rejected (no room) or dropped (late or cancelled).",
+            ["caller", "outcome"],
+            registry=registry,
+        )
+        self.forward_tokens = (
+            Counter(
+                f"{prefix}_forward_tokens_total",
+                "Tokens of forward passes: real ones, and padding up to the longest row of a pass.",
+                ["kind"],
+                registry=registry,
+            )
+            if counts_padding
+            else None
+        )
+        self._labels = CallerLabels()
+        self._series: dict[str, dict[str, Counter]] = {}
+        self._create_children()
+
+    def count_items(self, caller: str, outcome: str, count: int = 1) -> None:
+        """Count items of a caller; after many callers, further ones share their series."""
+        self._series_of(self._labels.of(caller))[outcome].inc(count)
+
+    def count_passes(self, *, real: int, padding: int) -> None:
+        """Count the tokens of forward passes, where the engine tells them."""
+        if self.forward_tokens is not None:
+            self.forward_tokens.labels("real").inc(real)
+            self.forward_tokens.labels("padding").inc(padding)
+
+    def _series_of(self, label: str) -> dict[str, Counter]:
+        """Return the counters of a caller by outcome; all of them exist from its first item on."""
+        found = self._series.get(label)
+        if found is None:
+            found = {outcome: self.caller_items.labels(label, outcome) for outcome in ITEM_OUTCOMES}
+            self._series[label] = found
+        return found
+
+    def _create_children(self) -> None:
+        """Have every series from the start, at 0: an absent one cannot raise an alert."""
+        for lane in LANES:
+            self.lane_depth.labels(lane)
+        for reason in ("queue_full", "caller_full", "deadline", "cancelled"):
             self.rejected.labels(reason)
+        for caller in (ANONYMOUS.name, OTHER):
+            self._series_of(caller)
+        if self.forward_tokens is not None:
+            for kind in ("real", "padding"):
+                self.forward_tokens.labels(kind)
 
 
 class GpuCollector(Collector):

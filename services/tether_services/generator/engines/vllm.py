@@ -35,6 +35,8 @@ from tether_services.generator.engines.model_files import (
 )
 from tether_services.generator.engines.orphans import OrphanGuard
 from tether_services.generator.engines.zero_adapter import write_zero_adapter
+from tether_services.runtime.callers import current_caller
+from tether_services.runtime.fair_gate import FairGate
 from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.text import HfCodec
 
@@ -68,7 +70,7 @@ class VllmEngine:
     def __init__(self, settings: GeneratorSettings, queue: QueueMetrics) -> None:
         self._settings = settings
         self._queue = queue
-        self._places = asyncio.Semaphore(settings.batch.max_items)
+        self._gate = FairGate(settings.batch.max_items, training_share=settings.batch.training_share)
         # One thread for the life of the engine: the child process is told to die with the thread that started it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._numbers = itertools.count()
@@ -182,7 +184,8 @@ class VllmEngine:
         self._guard.started()
 
     async def _generate_one(self, call: GenerateCall, seed: int) -> EngineCompletion:
-        async with self._place(call.timeout_seconds):
+        tokens = len(call.prompt_token_ids) + call.sampling.max_tokens
+        async with self._place(call.timeout_seconds, tokens=tokens):
             params = sampling_params(call.sampling, seed=seed)
             output = (await self._ask(call.prompt_token_ids, params, call.adapter)).outputs[0]
         token_ids = list(output.token_ids)
@@ -191,24 +194,26 @@ class VllmEngine:
         return EngineCompletion(token_ids, check_logprobs(logprobs), reason)
 
     @asynccontextmanager
-    async def _place(self, timeout_seconds: float) -> AsyncIterator[None]:
+    async def _place(self, timeout_seconds: float, *, tokens: int) -> AsyncIterator[None]:
         """Hold one of the places in the engine, waiting for it until the caller's deadline."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         self._queue.depth.inc()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._places.acquire()
+                await self._gate.enter(tokens=tokens)
         except TimeoutError as error:
             self._queue.rejected.labels("deadline").inc()
+            self._queue.count_items(current_caller().name, "dropped")
             raise DeadlineExceededError("The deadline passed while the completion waited in the queue.") from error
         finally:
             self._queue.depth.dec()
         self._queue.wait.observe(loop.time() - started)
+        self._queue.count_items(current_caller().name, "executed")
         try:
             yield
         finally:
-            self._places.release()
+            self._gate.leave()
 
     async def _ask(self, token_ids: Sequence[int], params: Any, adapter: LoadedAdapter | None) -> Any:
         """Return the final output of one vLLM request."""

@@ -18,7 +18,7 @@ from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engine import EngineDescription, LogprobTask, TaskLogprobs
 from tether_services.runtime.content_hash import hash_model_folder
 from tether_services.runtime.model_folder import find_model_folder, pick_device
-from tether_services.runtime.padding import PaddedBatch, padded_batches
+from tether_services.runtime.padding import PaddedBatch, padded_batches, serving_padding
 from tether_services.runtime.pretrained import load_pretrained
 from tether_services.runtime.thread_clock import ThreadClock
 
@@ -55,7 +55,13 @@ class TransformersReferenceEngine:
         """Return the evaluations in order; each forward pass is one job of the thread, so that `check` fits between."""
         rows = [[*task.prompt_token_ids, *task.response_token_ids[:-1]] for task in tasks]
         answers: dict[int, TaskLogprobs] = {}
-        for batch in padded_batches(rows, max_tokens=self._settings.forward_tokens, device=self._device):
+        batches = padded_batches(
+            rows,
+            max_tokens=self._settings.forward_tokens,
+            max_padding=serving_padding(self._device),
+            device=self._device,
+        )
+        for batch in batches:
             part = [tasks[index] for index in batch.indices]
             answers.update(zip(batch.indices, await self._in_thread(self._evaluate, batch, part), strict=True))
         return [answers[index] for index in range(len(tasks))]

@@ -23,7 +23,7 @@ from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import EngineDescription, ScoreTask
 from tether_services.runtime.content_hash import hash_file, hash_model_folder
 from tether_services.runtime.model_folder import Quantization, find_model_folder, pick_device
-from tether_services.runtime.padding import PaddedBatch, padded_batches
+from tether_services.runtime.padding import PaddedBatch, padded_batches, serving_padding
 from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 from tether_services.runtime.settings import Settings, validate
 from tether_services.runtime.text import HfCodec
@@ -109,7 +109,13 @@ class TransformersRewardEngine:
         """Return the raw scores; each forward pass is one job of the thread, so that `check` fits between."""
         rows = [(*task.prompt_token_ids, *task.response_token_ids) for task in tasks]
         scores: dict[int, float | TetherError] = {}
-        for batch in padded_batches(rows, max_tokens=self._settings.forward_tokens, device=self._device):
+        batches = padded_batches(
+            rows,
+            max_tokens=self._settings.forward_tokens,
+            max_padding=serving_padding(self._device),
+            device=self._device,
+        )
+        for batch in batches:
             scores.update(zip(batch.indices, await self._in_thread(self._forward, batch), strict=True))
         return [scores[index] for index in range(len(tasks))]
 

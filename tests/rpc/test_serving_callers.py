@@ -1,0 +1,76 @@
+"""Callers with tokens of a real server: a flood neither takes the places of others nor their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tests.rpc import reward_rules
+from tests.rpc.generator_serving import refusal
+from tests.rpc.serving import LOCAL, run, serving
+from tests.rpc.token_inputs import add_token, bearing
+from tether.v1 import reward_pb2, reward_pb2_grpc
+from tether_services.reward.config import RewardSettings
+from tether_services.reward.service import RewardService
+
+MODEL = {
+    "name": "gate",
+    "components": [{"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}],
+}
+
+
+def score_request(num_items: int) -> reward_pb2.ScoreRequest:
+    return reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(prompt="p", response="r")] * num_items)
+
+
+def test_a_flood_is_refused_while_others_and_the_trainer_find_places_and_turns(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    flood, polite = add_token(path, name="flood"), add_token(path, name="polite")
+    trainer = add_token(path, name="trainer", lane="training")
+    batch = {"max_items": 8, "queue_limit": 64}
+    given = RewardSettings.model_validate(LOCAL | {"models": [MODEL], "tokens_file": str(path), "batch": batch})
+    reward_rules.GATE.clear()
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            served = await stack.enter_async_context(serving(given, lambda registry: RewardService(given, registry)))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(served.target))
+            stub: Any = reward_pb2_grpc.RewardServiceStub(channel)
+            finished: list[str] = []
+
+            def score(token: str, num_items: int) -> Any:
+                return stub.Score(score_request(num_items), timeout=30, metadata=bearing(token))
+
+            async def finish(name: str, token: str, num_items: int) -> None:
+                answer = await score(token, num_items)
+                assert [item.score for item in answer.scores] == [1.0] * num_items
+                finished.append(name)
+
+            async def until_waiting(count: int, lane: str) -> None:
+                while served.value("tether_reward_queue_lane_depth", lane=lane) != count:
+                    await asyncio.sleep(0.002)
+
+            calls = [asyncio.create_task(finish("flood", flood, 8)) for _ in range(5)]  # one of them in the engine
+            await until_waiting(32, "shared")
+            refused = await refusal(score(flood, 1))
+            assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            assert refused.retry_after_seconds
+            calls.append(asyncio.create_task(finish("polite", polite, 2)))
+            await until_waiting(34, "shared")
+            calls.append(asyncio.create_task(finish("trainer", trainer, 4)))
+            await until_waiting(4, "training")
+            reward_rules.GATE.set()
+            await asyncio.gather(*calls)
+            # Answers of one batch come in any order, those of later ones after it.
+            assert {"polite", "trainer"} <= set(finished[:4])
+            for caller, executed in (("flood", 40), ("polite", 2), ("trainer", 4)):
+                labels = {"caller": caller, "outcome": "executed"}
+                assert served.value("tether_reward_caller_items_total", **labels) == executed
+            assert served.value("tether_reward_rejected_total", reason="caller_full") == 1
+
+    run(scenario())
