@@ -21,6 +21,7 @@ from tether.adapter import ActiveAdapter, AdapterProbe, AdapterPush
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError
 from tether.v1 import adapter_pb2, orchestrator_pb2
 from tether_services.cli.adapter_lifecycle import check_owner, describe_active
+from tether_services.cli.connection import Endpoint
 from tether_services.cli.main import build_parser
 from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
 from tether_services.runtime.fake_policy import FAKE_BASE_SHA256
@@ -311,8 +312,8 @@ def test_beside_a_later_attempt_of_the_run_its_epoch_is_needed() -> None:
 
 
 def test_adapters_that_nobody_trains_are_switched_without_asking() -> None:
-    run(check_owner(ActiveAdapter("pushed", 1, None), "demo", take=False, orchestrator=NOBODY))
-    run(check_owner(ActiveAdapter("", 0, None), "demo", take=False, orchestrator=NOBODY))
+    run(check_owner(ActiveAdapter("pushed", 1, None), "demo", take=False, orchestrator=Endpoint(NOBODY, {})))
+    run(check_owner(ActiveAdapter("", 0, None), "demo", take=False, orchestrator=Endpoint(NOBODY, {})))
 
 
 def test_what_is_missing_since_a_restart_is_named_so() -> None:

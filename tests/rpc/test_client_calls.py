@@ -185,7 +185,7 @@ def test_a_request_of_a_megabyte_is_retried_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ResourceExhaustedError("full", retry_after_seconds=0.01), FailedPreconditionError("no")]
+    "error", [ResourceExhaustedError("full"), FailedPreconditionError("no", retry_after_seconds=0.01)]
 )
 def test_no_other_code_is_retried(error: TetherError) -> None:
     servicer = ScriptedReward(fail_first(1, error))

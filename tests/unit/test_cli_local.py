@@ -42,6 +42,12 @@ ADDRESSES = Addresses(
         "reference": "127.0.0.1:8",
         "orchestrator": "127.0.0.1:9",
     },
+    http={
+        "generator": "127.0.0.1:10",
+        "reward": "127.0.0.1:11",
+        "reference": "127.0.0.1:12",
+        "orchestrator": "127.0.0.1:13",
+    },
 )
 
 
@@ -79,9 +85,10 @@ def test_the_orchestrator_knows_where_the_others_are() -> None:
 
 def test_all_services_listen_on_their_own_addresses() -> None:
     settings = resolve(LocalOptions())
-    listening = [part.address for part in settings.values()] + [part.metrics_address for part in settings.values()]
-    listening.append(settings["generator"].admin_address)
-    assert len(set(listening)) == 9
+    listening = [settings["generator"].admin_address]
+    for part in settings.values():
+        listening += [part.address, part.metrics_address, part.http_address]
+    assert len(set(listening)) == len(listening) == 13
 
 
 def test_settings_of_one_service_are_stronger_than_the_options() -> None:
@@ -114,8 +121,8 @@ def test_the_command_line_becomes_options_and_leaves_the_rest_to_its_default() -
 
 def test_every_address_is_printed_once() -> None:
     lines = describe_addresses(ADDRESSES)
-    for number in range(1, 10):
-        assert sum(f"127.0.0.1:{number}" in line for line in lines) == 1
+    for number in range(1, 14):
+        assert sum(f"127.0.0.1:{number}" in line.replace("/metrics", "").split("//")[-1].split() for line in lines) == 1
 
 
 def test_work_that_ends_returns_its_result() -> None:

@@ -83,3 +83,9 @@ def test_a_terminal_has_the_bar_and_no_plain_lines(
         report(2, "loss 1.0")
     shown = capsys.readouterr().err
     assert "2/2" in shown and "elapsed" not in shown
+
+
+def test_a_total_that_is_not_known_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_line("score", total=None) as report:
+        report(70, "1 errors")
+    assert capsys.readouterr().err.startswith("score 70  1 errors  0:00:0")

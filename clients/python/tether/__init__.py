@@ -5,6 +5,7 @@
 
 from tether.adapter import ActiveAdapter, Adapter, AdapterClient, AdapterProbe, AdapterPush, CommitStage, PushResult
 from tether.client import Client
+from tether.credentials import TlsFiles
 from tether.errors import (
     AbortedError,
     CancelledError,
@@ -31,6 +32,7 @@ from tether.reward import (
     RewardClient,
     RewardModel,
     ScoreComponent,
+    ScoredItem,
     ScoreItem,
     ScoreResult,
 )
@@ -79,9 +81,11 @@ __all__ = [
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",
+    "ScoredItem",
     "StepEvent",
     "StepState",
     "TetherError",
+    "TlsFiles",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
@@ -15,7 +17,9 @@ import grpc
 import grpc.aio
 
 from tether.breaker import BREAKER_OPEN, CircuitBreaker
-from tether.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from tether.credentials import Credentials, Tls, Token
+from tether.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from tether.rotation import CredentialChannel
 from tether.status import from_rpc_error
 
 RequestT = TypeVar("RequestT")
@@ -46,6 +50,10 @@ PAUSE_SECONDS: Final = 0.2
 """Between the repeats of gRPC and the next ones at least; doubles while it is the service that says it is not there."""
 LAST_PAUSE_SECONDS: Final = 5.0
 """Largest of these pauses."""
+MAX_PUSHBACKS: Final = 20
+"""Times that one call without effect waits because a service that is full says when to come back."""
+PUSHBACK_JITTER: Final = 0.5
+"""Such a wait is as long as the service says, and up to this share longer, so that not all callers return at once."""
 NOT_WAITED_FOR: Final = (BREAKER_OPEN, "ADAPTER_MISSING")
 """Reasons of UNAVAILABLE that end a call at once: a breaker has its own probe, an adapter somebody must push."""
 
@@ -98,9 +106,39 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, int | str]]:
     ]
 
 
-def open_channel(target: str, *, retries: bool = True) -> grpc.aio.Channel:
-    """Return a channel to `host:port`, `dns:///name:port` or `unix:path`, bound to the running event loop."""
-    return grpc.aio.insecure_channel(target, options=channel_options(retries=retries))
+def open_channel(
+    target: str,
+    *,
+    retries: bool = True,
+    token: Token = None,
+    tls: Tls = None,
+    allow_plaintext_token: bool = False,
+) -> grpc.aio.Channel:
+    """Return a channel to `host:port`, `dns:///name:port` or `unix:path`, bound to the running event loop.
+
+    Args:
+        target: Where to call.
+        retries: As in ServiceClient, as all that follows.
+        token: Sent with every call.
+        tls: Files of TLS.
+        allow_plaintext_token: Send the token unencrypted.
+
+    Raises:
+        InvalidArgumentError: A file is of no use, or PLAINTEXT_TOKEN.
+    """
+    credentials = Credentials(target, token=token, tls=tls, allow_plaintext_token=allow_plaintext_token)
+    return _open_channel(target, credentials, retries=retries)
+
+
+def _open_channel(target: str, credentials: Credentials, *, retries: bool) -> grpc.aio.Channel:
+    options = [*channel_options(retries=retries), *credentials.options]
+
+    def open_with(held: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        if held is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, held, options=options)
+
+    return open_with(None) if credentials.is_empty else CredentialChannel(credentials, open_with)
 
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:
@@ -149,14 +187,26 @@ class ServiceClient:
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         retries: bool = True,
         breaker: bool = False,
+        token: Token = None,
+        tls: Tls = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         """Remember where to call.
 
         Args:
             target: `host:port`, `dns:///name:port` (all its addresses are used) or `unix:path`.
             timeout_seconds: Deadline of each call that does not set its own.
-            retries: Repeat calls without effect that find the service unavailable; False if the caller does.
+            retries: Repeat calls without effect that find the service unavailable, or full and told when to come back;
+                False if the caller does.
             breaker: Fail at once, with BREAKER_OPEN, while the service does not answer.
+            token: Shown with every call; a path is that of a file that holds it and is read again when it changes.
+                None: TETHER_TOKEN or TETHER_TOKEN_FILE; "": none.
+            tls: Files of TLS, read again when they change. None: TETHER_CA_FILE, TETHER_CERTIFICATE_FILE and
+                TETHER_KEY_FILE, no TLS where none of them is set; False: no TLS.
+            allow_plaintext_token: Send the token to another machine although there is no TLS.
+
+        Raises:
+            InvalidArgumentError: A value or file is of no use, or PLAINTEXT_TOKEN: others could read the token.
         """
         if not target:
             raise InvalidArgumentError("A target such as 127.0.0.1:50051 is needed.", field="target")
@@ -165,6 +215,7 @@ class ServiceClient:
         self.breaker = CircuitBreaker(self.is_serving, target=target) if breaker else None
         """Opens when the service does not answer; None without one."""
         self._retries = retries
+        self._credentials = Credentials(target, token=token, tls=tls, allow_plaintext_token=allow_plaintext_token)
         self._has_answered = False
         self._opened: grpc.aio.Channel | None = None
         self._closed = asyncio.Event()
@@ -189,7 +240,7 @@ class ServiceClient:
     def _channel(self) -> grpc.aio.Channel:
         self._check_open()
         if self._opened is None:
-            self._opened = open_channel(self.target, retries=self._retries)
+            self._opened = _open_channel(self.target, self._credentials, retries=self._retries)
         return self._opened
 
     def _check_open(self) -> None:
@@ -217,10 +268,12 @@ class ServiceClient:
     ) -> ResponseT:
         """Return the response of a unary call without effect; every failure is a TetherError.
 
-        A service that has answered before is taken to be back soon, so that its restart costs no call.
+        A service that has answered before is taken to be back soon, so that its restart costs no call. One that is full
+        is called again when it says.
         """
         timeout = self._timeout(timeout_seconds)
         end, give_up, pause = time.monotonic() + timeout, math.inf, PAUSE_SECONDS
+        pushbacks = 0
         while True:
             left = max(end - time.monotonic(), 0.0)
             try:
@@ -236,12 +289,33 @@ class ServiceClient:
                     self._has_answered = self._has_answered and end < give_up  # a short deadline tells nothing
                     raise
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)
+            except ResourceExhaustedError as error:
+                pushbacks += 1
+                if not self._retries or pushbacks > MAX_PUSHBACKS or not await self._has_room_again(error, end, pause):
+                    raise
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
             else:
                 self._has_answered = True
                 return response
 
     def _is_connected(self) -> bool:
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def _has_room_again(self, error: ResourceExhaustedError, end: float, pause: float) -> bool:
+        """Return True when a full service may be called again, at once False if it does not say when, or too late.
+
+        Raises:
+            FailedPreconditionError: CLIENT_CLOSED, at once when the client is closed meanwhile.
+        """
+        if error.retry_after_seconds is None:
+            return False
+        wait = max(error.retry_after_seconds, pause) * random.uniform(1.0, 1.0 + PUSHBACK_JITTER)
+        if time.monotonic() + wait >= end:
+            return False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), wait)
+        self._check_open()
+        return True
 
     async def _comes_back(self, give_up: float, pause: float) -> bool:
         """Return whether there is a connection before a time, after a pause; not if the pause alone takes longer.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tether.channel import DEFAULT_TIMEOUT_SECONDS, ServiceClient
-from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether.credentials import CredentialOptions, Tls, Token
+from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError
 from tether.generator import GeneratorClient
 from tether.orchestrator import OrchestratorClient, Run, StepEvent
 from tether.reference import ReferenceClient
-from tether.reward import ItemScore, RewardClient, ScoreItem
+from tether.reward import ItemScore, RewardClient, ScoredItem, ScoreItem
+from tether.score_stream import CONCURRENCY, OnScored, ScoreStream, StreamOptions
 
 __all__ = ["Client"]
 
@@ -53,6 +56,9 @@ class Client:
         reference: str = "",
         orchestrator: str = "",
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        token: Token = None,
+        tls: Tls = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         """Remember where the services are; nothing is opened before the first call.
 
@@ -62,7 +68,11 @@ class Client:
             reference: Target of the reference server.
             orchestrator: Target of the orchestrator.
             timeout_seconds: Deadline of each call that does not set its own.
+            token: Shown to all of them; as in the async clients, as all that follows.
+            tls: Files of TLS.
+            allow_plaintext_token: Send the token to another machine although there is no TLS.
         """
+        options: CredentialOptions = {"token": token, "tls": tls, "allow_plaintext_token": allow_plaintext_token}
         targets: dict[type[ServiceClient], str] = {
             GeneratorClient: generator,
             RewardClient: reward,
@@ -70,7 +80,7 @@ class Client:
             OrchestratorClient: orchestrator,
         }
         self._services = {
-            kind: kind(target, timeout_seconds=timeout_seconds) for kind, target in targets.items() if target
+            kind: kind(target, timeout_seconds=timeout_seconds, **options) for kind, target in targets.items() if target
         }
         self._is_closed = False
         self._closing = threading.Lock()
@@ -124,6 +134,42 @@ class Client:
             raise score.error
         return score
 
+    def score_many(
+        self,
+        items: Iterable[ScoreItem],
+        *,
+        model: str = "",
+        version: str = "",
+        one_version: bool = True,
+        concurrency: int = CONCURRENCY,
+        on_progress: OnScored | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Generator[ScoredItem, None, None]:
+        """Yield the scores of any number of items, in their order; arguments and errors as `RewardClient.score_many`.
+
+        The items are read, and `on_progress` is called, in the thread that takes the results.
+        """
+        options = StreamOptions(model, version, one_version, concurrency, timeout_seconds)
+        stream = ScoreStream(self._service(RewardClient), options)
+        try:
+            self._run(stream.open())
+            for item in items:
+                stream.add(item)
+                while stream.is_due:
+                    yield from self._advance(stream, on_progress)
+            stream.end()
+            while stream.is_due:
+                yield from self._advance(stream, on_progress)
+        finally:
+            with contextlib.suppress(TetherError):  # of a client that is closed, whose calls have ended
+                self._run(stream.close())
+
+    def _advance(self, stream: ScoreStream, on_progress: OnScored | None) -> list[ScoredItem]:
+        scored = self._run(stream.advance())
+        if scored and on_progress is not None:
+            on_progress(scored[-1].index + 1)
+        return scored
+
     score_items = _synchronous(RewardClient, RewardClient.score)
     compare = _synchronous(RewardClient, RewardClient.compare)
     list_reward_models = _synchronous(RewardClient, RewardClient.list_reward_models)
@@ -164,7 +210,7 @@ class Client:
         with self._closing:
             if self._is_closed:
                 work.close()
-                raise InvalidArgumentError("This client is closed.", reason="CLIENT_CLOSED")
+                raise FailedPreconditionError("This client is closed.", reason="CLIENT_CLOSED")
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tether.channel import ServiceClient
-from tether.errors import TetherError
-from tether.generator import Message, chat_messages
-from tether.status import from_code, request_field
+from tether.score_stream import CONCURRENCY, OnScored, ScoreStream, StreamOptions, each
+from tether.scores import ItemScore, ScoreComponent, ScoredItem, ScoreItem, ScoreResult, item_message, item_score
+from tether.status import request_field
 from tether.v1 import reward_pb2, reward_pb2_grpc
 
 if TYPE_CHECKING:
@@ -26,67 +25,8 @@ __all__ = [
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",
+    "ScoredItem",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreItem:
-    """One response to judge, in exactly one form: text, a conversation, or token ids."""
-
-    prompt: str = ""
-    """Text form: the prompt."""
-    response: str = ""
-    """Text form: the response."""
-    messages: Sequence[Message] = ()
-    """Chat form: a conversation whose last message is the response."""
-    prompt_token_ids: Sequence[int] = ()
-    """Token form: the prompt."""
-    response_token_ids: Sequence[int] = ()
-    """Token form: the response, stop token included."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreComponent:
-    """One part of a score."""
-
-    name: str
-    """From the service's configuration."""
-    value: float
-    """Before weighting."""
-    weight: float
-    """In the sum."""
-
-
-@dataclass(frozen=True, slots=True)
-class ItemScore:
-    """The judgement of one item, or why there is none."""
-
-    score: float
-    """What training uses; NaN if and only if `error` is set, so that it cannot pass for a judgement."""
-    raw_score: float
-    """Before the models' gain and bias; NaN like `score`."""
-    components: tuple[ScoreComponent, ...]
-    """The parts of the sum."""
-    token_count: int
-    """Tokens that the model read."""
-    truncated: bool
-    """True if prompt tokens were cut from the left."""
-    error: TetherError | None = None
-    """Why this item could not be scored."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreResult:
-    """Scores in the order of the items, and the model that gave them."""
-
-    scores: tuple[ItemScore, ...]
-    """One per item."""
-    model: str
-    """Name of the model."""
-    version: str
-    """Its version."""
-    model_sha256: str
-    """Its content hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +105,61 @@ class RewardClient(ServiceClient):
             NotFoundError: Unknown model or version.
             ResourceExhaustedError: The queue is full.
         """
-        request = reward_pb2.ScoreRequest(
-            items=[_item(item, index) for index, item in enumerate(items)], model=model, version=version
-        )
+        messages = [item_message(item, index) for index, item in enumerate(items)]
+        request = reward_pb2.ScoreRequest(items=messages, model=model, version=version)
+        return await self._score_request(request, timeout_seconds)
+
+    async def _score_request(self, request: reward_pb2.ScoreRequest, timeout_seconds: float | None) -> ScoreResult:
+        """Return the answer to a request of the contract."""
         response = await self._read(self._stub.Score, request, timeout_seconds)
         return ScoreResult(
-            scores=tuple(_score(score) for score in response.scores),
+            scores=tuple(item_score(score) for score in response.scores),
             model=response.model,
             version=response.version,
             model_sha256=response.model_sha256,
         )
+
+    async def score_many(
+        self,
+        items: Iterable[ScoreItem] | AsyncIterable[ScoreItem],
+        *,
+        model: str = "",
+        version: str = "",
+        one_version: bool = True,
+        concurrency: int = CONCURRENCY,
+        on_progress: OnScored | None = None,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGenerator[ScoredItem, None]:
+        """Yield the scores of any number of items, in their order; an item that cannot be scored carries its own error.
+
+        In memory are the items of `concurrency` + 2 calls at most: the source is read as fast as results are taken.
+        Items are gathered to calls as large as the service takes, so a source that waits for results never ends; it
+        should not block the event loop either. A full service is waited for as in every call.
+
+        Args:
+            items: What to score.
+            model: Name of the model; empty: the default one.
+            version: Its version; empty: whichever is loaded.
+            one_version: Have all answers from the version that gave the first one.
+            concurrency: Calls in flight at most.
+            on_progress: Called with the number of items done whenever a call's results are there.
+            timeout_seconds: Deadline of each call.
+
+        Raises:
+            FailedPreconditionError: MODEL_CHANGED: `one_version`, and the version is no longer served.
+            TetherError: A call failed; the message ends with how many items were delivered before.
+        """
+        options = StreamOptions(model, version, one_version, concurrency, timeout_seconds)
+        async with ScoreStream(self, options) as stream:
+            async for item in each(items):
+                stream.add(item)
+                while stream.is_due:
+                    for scored in await stream.advance(on_progress):
+                        yield scored
+            stream.end()
+            while stream.is_due:
+                for scored in await stream.advance(on_progress):
+                    yield scored
 
     async def compare(
         self,
@@ -190,7 +175,7 @@ class RewardClient(ServiceClient):
             request = reward_pb2.CompareRequest(prompt=prompt, responses=responses, model=model, version=version)
         response = await self._read(self._stub.Compare, request, timeout_seconds)
         return CompareResult(
-            scores=tuple(_score(score) for score in response.scores),
+            scores=tuple(item_score(score) for score in response.scores),
             ranking=tuple(response.ranking),
             preferences=tuple(PairPreference(p.first, p.second, p.probability) for p in response.preferences),
             model=response.model,
@@ -208,31 +193,6 @@ class RewardClient(ServiceClient):
             token = page.next_page_token
             if not token:
                 return tuple(models)
-
-
-def _item(item: ScoreItem, index: int) -> reward_pb2.ScoreItem:
-    with request_field(f"items[{index}]"):
-        return reward_pb2.ScoreItem(
-            prompt=item.prompt,
-            response=item.response,
-            messages=chat_messages(item.messages, field=f"items[{index}].messages"),
-            prompt_token_ids=item.prompt_token_ids,
-            response_token_ids=item.response_token_ids,
-        )
-
-
-def _score(score: reward_pb2.ItemScore) -> ItemScore:
-    if score.HasField("error"):
-        failed = score.error
-        error = from_code(failed.code, failed.message, reason=failed.reason, field=failed.field)
-        return ItemScore(math.nan, math.nan, (), 0, False, error)
-    return ItemScore(
-        score=score.score,
-        raw_score=score.raw_score,
-        components=tuple(ScoreComponent(part.name, part.value, part.weight) for part in score.components),
-        token_count=score.token_count,
-        truncated=score.truncated,
-    )
 
 
 def _model(model: reward_pb2.RewardModel) -> RewardModel:

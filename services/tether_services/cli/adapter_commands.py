@@ -20,9 +20,11 @@ from tether_services.cli.adapter_lifecycle import (
     check_untrained,
     explaining_stale,
     list_stored,
+    orchestrator_of,
     roll_back,
     switch,
 )
+from tether_services.cli.connection import add_credentials, credential_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,6 +148,7 @@ def _add_generator(parser: argparse.ArgumentParser) -> None:
         help="adapter port of the generator, its admin_address (127.0.0.1:50061)",
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
+    add_credentials(parser)
 
 
 def _add_take(parser: argparse.ArgumentParser) -> None:
@@ -214,11 +217,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
+    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
-        await check_untrained(known.run_id, take=known.take, orchestrator=known.orchestrator)
+        await check_untrained(known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         if known.activate and active.run_id != known.run_id:
-            await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
+            await check_owner(active, known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         version = known.policy_version or await _choose_version(client, known.run_id, known.folder)
         # The generator is there; only now load the model, which takes long.
         declared = await asyncio.to_thread(_declare, known, config, version)

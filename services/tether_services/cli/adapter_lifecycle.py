@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from tether.adapter import ActiveAdapter, Adapter, AdapterClient
 from tether.errors import AbortedError, FailedPreconditionError, NotFoundError, TetherError
 from tether.orchestrator import FINAL_STATES, OrchestratorClient
+from tether_services.cli.connection import Endpoint, credential_options
 
 __all__ = [
     "PUSHED_RUN",
@@ -22,6 +23,7 @@ __all__ = [
     "describe_active",
     "explaining_stale",
     "list_stored",
+    "orchestrator_of",
     "roll_back",
     "switch",
 ]
@@ -47,7 +49,7 @@ def list_stored(known: argparse.Namespace) -> int:
 
 
 async def _read(known: argparse.Namespace) -> tuple[ActiveAdapter, tuple[Adapter, ...]]:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
+    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
         return await client.get_active_adapter(), await client.list_adapters()
 
 
@@ -77,9 +79,9 @@ def activate(known: argparse.Namespace) -> int:
 
 
 async def _activate(known: argparse.Namespace) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
+    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
-        await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
+        await check_owner(active, known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         await switch(client, known.run_id, known.policy_version, active=active, epoch=known.epoch)
     return 0
 
@@ -95,12 +97,12 @@ def roll_back(known: argparse.Namespace) -> int:
 
 
 async def _roll_back(known: argparse.Namespace) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout) as client:
+    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
         if active.run_id != known.run_id:
             message = f"run {known.run_id} is not what is served; {describe_active(active)} is"
             raise FailedPreconditionError(message, field="run_id", reason="RUN_NOT_ACTIVE")
-        await check_owner(active, known.run_id, take=known.take, orchestrator=known.orchestrator)
+        await check_owner(active, known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         with explaining_stale():
             version = await client.rollback(
                 known.run_id, expected_policy_version=active.policy_version, epoch=known.epoch
@@ -133,7 +135,12 @@ def describe_active(active: ActiveAdapter) -> str:
     return what if active.adapter else f"{what}, which is missing since a restart"
 
 
-async def check_owner(active: ActiveAdapter, run_id: str, *, take: bool, orchestrator: str) -> None:
+def orchestrator_of(known: argparse.Namespace) -> Endpoint:
+    """Return the orchestrator that --orchestrator names; it is shown the same credentials as the generator."""
+    return Endpoint(known.orchestrator, credential_options(known))
+
+
+async def check_owner(active: ActiveAdapter, run_id: str, *, take: bool, orchestrator: Endpoint) -> None:
     """Refuse to switch under a run that is being trained on this generator, unless told to.
 
     Where that cannot be found out, only another run is kept from taking the place of the owner.
@@ -142,7 +149,7 @@ async def check_owner(active: ActiveAdapter, run_id: str, *, take: bool, orchest
         active: What the generator serves.
         run_id: The run whose version is to be served.
         take: Told to.
-        orchestrator: host:port of whom to ask about the run that owns the generator.
+        orchestrator: Whom to ask about the run that owns the generator.
 
     Raises:
         FailedPreconditionError: IN_TRAINING: the run is being trained; OWNER_UNKNOWN: that cannot be found out.
@@ -171,7 +178,7 @@ async def check_owner(active: ActiveAdapter, run_id: str, *, take: bool, orchest
     raise FailedPreconditionError(message, field="take", reason="IN_TRAINING")
 
 
-async def check_untrained(run_id: str, *, take: bool, orchestrator: str) -> None:
+async def check_untrained(run_id: str, *, take: bool, orchestrator: Endpoint) -> None:
     """Refuse to push a version of a run that is being trained, unless told to: the run fails when it comes to that one.
 
     Where that cannot be found out, there is a warning; a run that the orchestrator does not know is not trained there.
@@ -179,7 +186,7 @@ async def check_untrained(run_id: str, *, take: bool, orchestrator: str) -> None
     Args:
         run_id: The run whose version is to be pushed.
         take: Told to.
-        orchestrator: host:port of whom to ask about it.
+        orchestrator: Whom to ask about it.
 
     Raises:
         FailedPreconditionError: IN_TRAINING.
@@ -205,14 +212,15 @@ async def check_untrained(run_id: str, *, take: bool, orchestrator: str) -> None
     raise FailedPreconditionError(message, field="take", reason="IN_TRAINING")
 
 
-async def _is_trained(run_id: str, orchestrator: str) -> bool:
+async def _is_trained(run_id: str, orchestrator: Endpoint) -> bool:
     """Return whether a run is being trained.
 
     Raises:
         NotFoundError: The orchestrator does not know it.
         TetherError: The orchestrator does not answer.
     """
-    async with OrchestratorClient(orchestrator, timeout_seconds=ASK_SECONDS, retries=False) as client:
+    address, credentials = orchestrator.address, orchestrator.credentials
+    async with OrchestratorClient(address, timeout_seconds=ASK_SECONDS, retries=False, **credentials) as client:
         return (await client.get_run(run_id)).state not in FINAL_STATES
 
 

@@ -25,6 +25,7 @@ from tether import (
     ScoreItem,
     TetherError,
 )
+from tether_services.cli.connection import credential_options
 
 
 def score(known: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def score(known: argparse.Namespace) -> int:
 
 async def _score(known: argparse.Namespace) -> int:
     items = [ScoreItem(known.prompt, response) for response in known.responses]
-    async with RewardClient(known.address, timeout_seconds=known.timeout) as client:
+    async with RewardClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         result = await client.score(items, model=known.model, version=known.model_version)
     if known.json:
         print_json(result)
@@ -67,7 +68,7 @@ async def _generate(known: argparse.Namespace) -> int:
         stop=known.stop,
         seed=known.seed,
     )
-    async with GeneratorClient(known.address, timeout_seconds=known.timeout) as client:
+    async with GeneratorClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         result = await client.generate(known.prompt, n=known.n, sampling=sampling, policy_version=known.policy_version)
     if known.json:
         print_json(result)
@@ -95,7 +96,7 @@ def run(known: argparse.Namespace) -> int:
 
 
 async def _run(known: argparse.Namespace) -> int:
-    async with OrchestratorClient(known.address, timeout_seconds=known.timeout) as client:
+    async with OrchestratorClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         if known.action == "list":
             Console().print(runs_table(await client.list_runs()))
             return 0

@@ -51,6 +51,7 @@ def describe_addresses(addresses: Addresses) -> list[str]:
     """Return a line per address."""
     named = {name: getattr(addresses, name) for name in ("generator", "adapter", "reward", "reference", "orchestrator")}
     lines = [f"{name:<13}{address}" for name, address in named.items()]
+    lines += [f"{name + ' HTTP':<21}http://{addresses.http[name]}" for name in SERVICES]
     return lines + [f"{name + ' metrics':<21}http://{addresses.metrics[name]}/metrics" for name in SERVICES]
 
 

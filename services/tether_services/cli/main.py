@@ -14,7 +14,10 @@ import tether
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
 from tether_services.cli.bench_commands import add_bench
+from tether_services.cli.connection import add_credentials
 from tether_services.cli.data_commands import add_data
+from tether_services.cli.error_commands import add_errors
+from tether_services.cli.scoring_commands import SCORE_DESCRIPTION, add_score_arguments
 from tether_services.cli.token_commands import add_token
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
@@ -79,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_generate(commands)
     add_bench(commands)
+    add_errors(commands)
     return parser
 
 
@@ -182,13 +186,14 @@ def _add_run_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score(commands: Commands) -> None:
-    text = "score responses to a prompt"
-    parser = commands.add_parser("score", help=text, description=f"{text.capitalize()}.")
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("responses", metavar="RESPONSE", nargs="+")
-    parser.add_argument("--model", default="", metavar="NAME", help="reward model; the default one otherwise")
-    parser.add_argument("--model-version", default="", metavar="VERSION", help="whichever is loaded otherwise")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser = commands.add_parser(
+        "score",
+        help="score the rows of a file, or responses to a prompt",
+        description=SCORE_DESCRIPTION,
+        usage="tether score [options] FILE\n       tether score [options] PROMPT RESPONSE...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_score_arguments(parser)
     _add_address(parser, "127.0.0.1:50052", "reward service")
     parser.set_defaults(run=_score)
 
@@ -213,6 +218,7 @@ def _add_generate(commands: Commands) -> None:
 def _add_address(parser: argparse.ArgumentParser, default: str, service: str) -> None:
     parser.add_argument("--address", default=default, metavar="HOST:PORT", help=f"of the {service} ({default})")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="deadline of a call (120)")
+    add_credentials(parser)
 
 
 def _serve(known: argparse.Namespace) -> int:
@@ -260,7 +266,7 @@ def _run(known: argparse.Namespace) -> int:
 
 
 def _score(known: argparse.Namespace) -> int:
-    from tether_services.cli.client_commands import score
+    from tether_services.cli.scoring_commands import score
 
     return score(known)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tether import OrchestratorClient, Run, StepState
 from tether_services.cli.client_commands import run_table
+from tether_services.cli.connection import credential_options
 
 _SHOWN_HASH = 12
 """Leading digits of a hash in the table; --json has all of it."""
@@ -38,7 +39,7 @@ def show(known: argparse.Namespace) -> int:
 
 
 async def _read(known: argparse.Namespace) -> tuple[Run, tuple[StepState, ...]]:
-    async with OrchestratorClient(known.address, timeout_seconds=known.timeout) as client:
+    async with OrchestratorClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         run = await client.get_run(known.run_id)
         return run, await client.list_steps(known.run_id) if known.steps else ()
 

@@ -117,7 +117,7 @@ async def _train(deployment: LocalDeployment, run_id: str, document: str, consol
     Raises:
         FailedPreconditionError: A service could not be kept running.
     """
-    async with OrchestratorClient(deployment.addresses.orchestrator) as client:
+    async with OrchestratorClient(deployment.addresses.orchestrator, token="", tls=False) as client:
         await client.start_run(run_id, document)
         following = asyncio.create_task(follow_run(client, run_id, console=console))
         failing = asyncio.create_task(deployment.wait())

@@ -25,8 +25,10 @@ DEMO_MODELS: Final = Path(__file__).parents[1] / "demo" / "models"
 """Folders `policy` and `reward`: small models that ship with the package."""
 PORTS: Final = range(20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections, so that none is taken meanwhile."""
-USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, 9101, 9102, 9103, 9104)
-"""Defaults of the services and the clients: generator, adapter, reward, reference, orchestrator, then the metrics."""
+METRICS_PORTS: Final = (9101, 9102, 9103, 9104)
+HTTP_PORTS: Final = (8051, 8052, 8053, 8054)
+USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, *METRICS_PORTS, *HTTP_PORTS)
+"""Defaults of services and clients: generator, adapter, reward, reference, orchestrator, then metrics and HTTP."""
 FOLDER: Final = "_services"
 """Folder of configurations, logs and pushed adapters in the state folder; no run can have this name."""
 DRAIN_SECONDS: Final = 5.0
@@ -73,6 +75,8 @@ class Addresses:
     orchestrator: str
     metrics: Mapping[str, str]
     """Prometheus endpoint of each service."""
+    http: Mapping[str, str]
+    """Where each service takes JSON over HTTP."""
 
 
 class LocalDeployment:
@@ -201,7 +205,8 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
         },
     }
     for name, settings in chosen.items():
-        settings |= {"metrics_address": addresses.metrics[name], "drain_seconds": DRAIN_SECONDS}
+        settings |= {"metrics_address": addresses.metrics[name], "http_address": addresses.http[name]}
+        settings |= {"drain_seconds": DRAIN_SECONDS}
         settings |= options.settings.get(name, {})
     _watch_apart(chosen)
     if options.deterministic:
@@ -255,7 +260,7 @@ def _check_options(options: LocalOptions) -> None:
             field=f"settings.{unknown[0]}",
             reason="INVALID_CONFIG",
         )
-    for name in ("address", "admin_address", "metrics_address", "state_dir"):
+    for name in ("address", "admin_address", "metrics_address", "http_address", "state_dir"):
         for service, settings in options.settings.items():
             if name in settings:
                 raise InvalidArgumentError(
@@ -267,8 +272,10 @@ def _check_options(options: LocalOptions) -> None:
 
 def _choose_addresses(*, usual: bool) -> Addresses:
     ports = USUAL_PORTS if usual and all(is_free(port) for port in USUAL_PORTS) else free_ports(len(USUAL_PORTS))
-    generator, adapter, reward, reference, orchestrator, *metrics = (f"127.0.0.1:{port}" for port in ports)
-    return Addresses(generator, adapter, reward, reference, orchestrator, dict(zip(SERVICES, metrics, strict=True)))
+    generator, adapter, reward, reference, orchestrator, *others = (f"127.0.0.1:{port}" for port in ports)
+    metrics = dict(zip(SERVICES, others[: len(SERVICES)], strict=True))
+    http = dict(zip(SERVICES, others[len(SERVICES) :], strict=True))
+    return Addresses(generator, adapter, reward, reference, orchestrator, metrics, http)
 
 
 def free_ports(count: int) -> list[int]:

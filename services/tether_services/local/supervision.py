@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
+from tether.credentials import VARIABLES
 from tether.errors import FailedPreconditionError, InvalidArgumentError, TetherError, UnavailableError
 from tether_services.runtime.health import LIVENESS
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE
@@ -137,7 +138,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **self.spec.environment},
+                env={**without_credentials(os.environ), **self.spec.environment},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the children in order
             )
         self._started = time.monotonic()
@@ -253,3 +254,8 @@ def _kill_group(pid: int) -> None:
     """Kill what the process has left behind in its group, such as the engine process of vLLM."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def without_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the defaults of clients: they are meant for services elsewhere, not on loopback."""
+    return {name: value for name, value in environ.items() if name not in VARIABLES}

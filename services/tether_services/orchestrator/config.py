@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from tether_services.runtime.client_credentials import ClientCredentials
 from tether_services.runtime.model_folder import Quantization
 from tether_services.runtime.settings import ServerSettings, Settings
 
@@ -284,6 +285,8 @@ class OrchestratorSettings(ServerSettings):
     """host:port of the reward service."""
     reference_address: str = "127.0.0.1:50053"
     """host:port of the reference service."""
+    credentials: ClientCredentials = ClientCredentials()
+    """What all of them are shown, as a table {token_file, ca_file, certificate_file, key_file}."""
     generate_timeout_seconds: float = Field(default=300.0, gt=0, le=600)
     """Deadline of one Generate call, at most 600."""
     score_timeout_seconds: float = Field(default=60.0, gt=0, le=600)

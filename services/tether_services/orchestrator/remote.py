@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from tether.adapter import AdapterClient
 from tether.breaker import BREAKER_OPEN
 from tether.channel import ServiceClient
+from tether.credentials import CredentialOptions, Credentials
 from tether.errors import ResourceExhaustedError, TetherError
 from tether.generator import GeneratorClient
 from tether.reference import ReferenceClient
@@ -32,6 +33,7 @@ __all__ = [
     "GeneratorPorts",
     "Remote",
     "Services",
+    "check_credentials",
     "open_services",
 ]
 
@@ -139,6 +141,17 @@ class Services:
     """Prompts in flight at the same time."""
 
 
+def check_credentials(settings: OrchestratorSettings) -> None:
+    """Refuse credentials with which no run could call the services.
+
+    Raises:
+        InvalidArgumentError: A file is of no use, or PLAINTEXT_TOKEN: others could read the token on the way.
+    """
+    generators = [each for at in settings.generator_addresses for each in (at.address, at.adapter_address)]
+    for target in (*generators, settings.reward_address, settings.reference_address):
+        Credentials(target, **settings.credentials.options())
+
+
 @asynccontextmanager
 async def open_services(
     settings: OrchestratorSettings,
@@ -154,7 +167,8 @@ async def open_services(
         on_breaker: Called with all states, at first and each time that the breaker of a service opens or closes.
     """
     budget = RetryBudget(retry_budget)
-    opening = _Opening(RetryPolicy(settings.max_retries, settings.retry_backoff_seconds), budget, on_breaker)
+    policy = RetryPolicy(settings.max_retries, settings.retry_backoff_seconds)
+    opening = _Opening(policy, budget, on_breaker, settings.credentials.options())
     opening.show()
     async with AsyncExitStack() as stack:
         generators = [await _open_generator(opening, stack, settings, each) for each in settings.generator_addresses]
@@ -191,6 +205,7 @@ class _Opening:
     retries: RetryPolicy
     budget: RetryBudget
     on_breaker: Callable[[BreakerStates], None]
+    credentials: CredentialOptions
     is_open: dict[tuple[str, str], bool] = field(default_factory=dict)
     """Breakers by name and address."""
 
@@ -198,7 +213,7 @@ class _Opening:
         self, stack: AsyncExitStack, name: str, kind: type[ClientT], address: str, timeout_seconds: float
     ) -> Remote[ClientT]:
         """Return a service whose channel closes with the stack."""
-        client = kind(address, timeout_seconds=timeout_seconds, retries=False, breaker=True)
+        client = kind(address, timeout_seconds=timeout_seconds, retries=False, breaker=True, **self.credentials)
         assert client.breaker is not None, "it was asked for"
         client.breaker.on_change = partial(self._note, (name, address))
         await stack.enter_async_context(client)

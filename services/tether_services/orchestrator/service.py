@@ -24,6 +24,7 @@ from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.ledger import Ledger
 from tether_services.orchestrator.metrics import OrchestratorMetrics
 from tether_services.orchestrator.records import FINAL_STATES, Rollback, RunRecord, RunState, StepRecord, StepState
+from tether_services.orchestrator.remote import check_credentials
 from tether_services.orchestrator.run_config import check_run_config, parse_run_config
 from tether_services.orchestrator.supervisor import Supervisor
 from tether_services.runtime.checks import check_name, check_page, check_range
@@ -64,7 +65,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         def register(server: grpc.aio.Server) -> None:
             orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(self, server)
 
-        return [Port("address", self._settings.address, [SERVICE_NAME], register)]
+        return [Port("address", self._settings.address, [SERVICE_NAME], register, self._settings.max_message_bytes)]
 
     def methods(self) -> Sequence[str]:
         """Return the names of the methods."""
@@ -74,9 +75,11 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         """Open the ledger and take care of what an earlier process left unfinished.
 
         Raises:
-            InvalidArgumentError: Another orchestrator uses the state folder, or it cannot be written.
+            InvalidArgumentError: Another orchestrator uses the state folder, or it cannot be written; the credentials
+                for the other services are of no use.
             TetherError: The ledger cannot be used; the message says why.
         """
+        await asyncio.to_thread(check_credentials, self._settings)
         ledger, self._lock = await asyncio.to_thread(open_state, Path(self._settings.state_dir))
         self._opened = ledger
         self._supervisor = Supervisor(self._settings, self._engine, self._metrics, ledger)

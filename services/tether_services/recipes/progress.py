@@ -23,8 +23,10 @@ SECONDS_PER_LINE = 30.0
 
 
 @contextmanager
-def progress_line(title: str, *, total: int) -> Iterator[Report]:
+def progress_line(title: str, *, total: int | None) -> Iterator[Report]:
     """Yield a function that moves the bar; all goes to stderr, so that stdout stays for results.
+
+    A total of None is not known.
 
     Where that is no terminal, plain lines are printed, the last one at the end; see `PlainLines`.
     """
@@ -58,12 +60,12 @@ class PlainLines:
     Example: `sft 120/400  loss 2.1034  validation 2.2190  0:03:10 elapsed, 0:07:23 left`.
     """
 
-    def __init__(self, title: str, *, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, title: str, *, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin now.
 
         Args:
             title: Of the work.
-            total: Its steps.
+            total: Its steps; None if they are not known.
             clock: Returns seconds.
         """
         self._title, self._total, self._clock = title, total, clock
@@ -75,8 +77,10 @@ class PlainLines:
         """Print a line if the last one is `SECONDS_PER_LINE` ago, and keep it for `flush` otherwise."""
         now = self._clock()
         self._first = self._first or (done, now)
-        times = f"{_shown(now - self._began)} elapsed, {self._left(done, now, *self._first)} left"
-        self._waiting = "  ".join(filter(None, (f"{self._title} {done}/{self._total}", figures, times)))
+        times, of = f"{_shown(now - self._began)} elapsed", ""
+        if self._total is not None:
+            times, of = f"{times}, {self._left(done, self._total, now)} left", f"/{self._total}"
+        self._waiting = "  ".join(filter(None, (f"{self._title} {done}{of}", figures, times)))
         if now - self._printed >= SECONDS_PER_LINE:
             self.flush()
 
@@ -86,12 +90,13 @@ class PlainLines:
             print(self._waiting, file=sys.stderr, flush=True)
         self._waiting, self._printed = "", self._clock()
 
-    def _left(self, done: int, now: float, first_done: int, first_time: float) -> str:
-        if done >= self._total:
+    def _left(self, done: int, total: int, now: float) -> str:
+        first_done, first_time = self._first or (done, now)
+        if done >= total:
             return _shown(0.0)
         if done == first_done:
             return "unknown time"
-        return _shown((now - first_time) / (done - first_done) * (self._total - done))
+        return _shown((now - first_time) / (done - first_done) * (total - done))
 
 
 def _shown(seconds: float) -> str:

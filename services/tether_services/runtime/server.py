@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -31,6 +31,9 @@ from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSetti
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
 from tether_services.runtime.tls import ServerCertificates
+
+if TYPE_CHECKING:
+    from tether_services.runtime.http.port import HttpPort
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +57,8 @@ class Port:
     """Full names of its services, for health and reflection."""
     register: Callable[[grpc.aio.Server], None]
     """Adds the servicers."""
-    max_message_bytes: int | None = None
-    """Largest message accepted on this port; None takes the service's setting."""
+    max_message_bytes: int = DATA_MESSAGE_BYTES
+    """Largest message accepted on this port."""
 
 
 @runtime_checkable
@@ -166,6 +169,7 @@ class ServiceRunner:
         self._service = service
         self._registry = registry
         self._servers: list[grpc.aio.Server] = []
+        self._http: HttpPort | None = None
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._file_watch: asyncio.Task[None] | None = None
@@ -177,6 +181,8 @@ class ServiceRunner:
         )
         self.bound_ports: list[int] = []
         """Port numbers in use, in the order of `Service.ports`."""
+        self.http_port: int | None = None
+        """Port number in use for HTTP; None where it is not served."""
         self.health_port: int | None = None
         """Port number of `health_address`; None without one."""
 
@@ -223,11 +229,14 @@ class ServiceRunner:
         pipeline = Pipeline(guards, metrics, access.identify, access.hold)
         for port in self._service.ports():
             self.bound_ports.append(await self._listen(port, Chain(pipeline), access))
+        if self._settings.http_address:
+            self.http_port = await self._listen_http(self._service.ports()[0], pipeline, access)
         if self._settings.health_address:
             self.health_port = await self._listen_for_health()
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
         watch_tasks(self._service.name, self._registry)
-        ports = {"ports": self.bound_ports, "health_port": self.health_port, "metrics_port": metrics_port}
+        others = {"http_port": self.http_port, "health_port": self.health_port, "metrics_port": metrics_port}
+        ports = {"ports": self.bound_ports, **others}
         log_event(log, "listening", level=logging.INFO, **ports, **describe_security(self._settings))
         self._file_watch = asyncio.create_task(access.watch_files())
         if isinstance(self._service, Fallible):
@@ -258,12 +267,10 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
         self._check_address(port.address, field=port.setting)
-        settings = self._settings
-        size = port.max_message_bytes or settings.max_message_bytes
-        server = grpc.aio.server(interceptors=[chain], options=self._options(size))
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
-        if shows_reflection(settings, port.address):
+        if shows_reflection(self._settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
         return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
 
@@ -290,10 +297,29 @@ class ServiceRunner:
         self._servers.append(server)
         return number
 
-    def _options(self, max_message_bytes: int) -> list[tuple[str, int]]:
+    async def _listen_http(self, port: Port, pipeline: Pipeline, access: Access) -> int:
+        """Serve the methods of a port, the data port, over HTTP as well, and return the number."""
+        from tether_services.runtime.http.port import HttpOptions, HttpPort  # only where it is asked for
+        from tether_services.runtime.http.serving import ConnectionLimits
+
         settings = self._settings
-        age = {"grpc.max_connection_age_ms": int(1000 * settings.max_connection_age_seconds)}
-        return list((dict(server_options(max_message_bytes, settings.max_metadata_bytes)) | age).items())
+        self._check_address(settings.http_address, field="http_address")
+        options = HttpOptions(
+            pipeline,
+            default_seconds=min(settings.http_timeout_seconds, settings.max_deadline_seconds),
+            is_serving=lambda: self.health.not_ready_reason is None and not self.health.is_draining,
+            tls=None if access.certificates is None else access.certificates.server_context(),
+            limits=ConnectionLimits(
+                max_age_seconds=settings.max_connection_age_seconds, max_head_bytes=settings.max_metadata_bytes
+            ),
+        )
+        self._http = HttpPort(port, options)
+        return await self._http.start(settings.http_address)
+
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        given = server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
+        return list((dict(given) | age).items())
 
     def _check_address(self, address: str, *, field: str) -> None:
         lacking = lacking_protections(self._settings)
@@ -317,6 +343,7 @@ class ServiceRunner:
         for watch in (self._watch, self._file_watch):
             if watch is not None:
                 watch.cancel()
-        await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))
+        grace = self._settings.drain_seconds
+        await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()
         log_event(log, "stopped")

@@ -103,6 +103,10 @@ class ServerSettings(Settings):
     """host:port to serve on; port 0 takes a free one and logs it."""
     metrics_address: str = "127.0.0.1:0"
     """host:port of the Prometheus endpoint; port 0 takes a free one and logs it."""
+    http_address: str = ""
+    """host:port of the same methods as JSON over HTTP; port 0 takes a free one and logs it; empty: not served."""
+    http_timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
+    """Deadline of a call over HTTP that does not say one; never more than max_deadline_seconds."""
     health_address: str = ""
     """host:port without transport security that answers grpc.health.v1 and nothing else, for probes; empty: none."""
     insecure: bool = False
