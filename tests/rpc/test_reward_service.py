@@ -49,7 +49,7 @@ def with_reward(scenario: Scenario, **values: object) -> None:
     async def main() -> None:
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as served,
-            RewardClient(served.target, timeout_seconds=20) as client,
+            RewardClient(served.target, timeout_seconds=20, retries=False) as client,
         ):
             await scenario(client, served)
 
