@@ -44,7 +44,7 @@ def rule(name: str) -> dict[str, Any]:
 
 
 def with_reward(scenario: Scenario, **values: object) -> None:
-    settings = RewardSettings.model_validate(LOCAL | values)
+    settings = RewardSettings.model_validate(LOCAL | {"admin_address": "127.0.0.1:0"} | values)
 
     async def main() -> None:
         async with (
@@ -329,7 +329,7 @@ def test_a_bad_path_of_the_one_model_names_the_setting_that_was_typed() -> None:
 
 def test_health_answers_not_serving_while_the_model_loads(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "classifier")
-    settings = RewardSettings.model_validate(LOCAL | {"model": str(folder)})
+    settings = RewardSettings.model_validate(LOCAL | {"admin_address": "127.0.0.1:0"} | {"model": str(folder)})
 
     async def main() -> list[int]:
         registry = new_registry()

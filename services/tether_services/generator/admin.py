@@ -17,7 +17,7 @@ from tether_services.generator.engine import EngineDescription
 from tether_services.generator.fence import Fence
 from tether_services.generator.pointer import ActivePointer
 from tether_services.generator.pushes import AdapterPushes
-from tether_services.generator.requests import RequestLedger, check_request_id
+from tether_services.runtime.requests import RequestLedger, check_request_id
 from tether_services.generator.uploads import (
     MAX_CHUNK_BYTES,
     Chunk,
