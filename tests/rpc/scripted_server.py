@@ -13,6 +13,7 @@ import grpc.aio
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import deadline_guard
 from tether_services.runtime.metrics import RequestMetrics, new_registry
+from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.server import DATA_MESSAGE_BYTES, server_options
 
 Add = Callable[[grpc.aio.Server], None]
@@ -21,7 +22,7 @@ Add = Callable[[grpc.aio.Server], None]
 @asynccontextmanager
 async def serving(*adders: Add, methods: Sequence[str] = (), port: int = 0) -> AsyncIterator[str]:
     """Serve on the running loop, with the error mapping and deadline guard of every service; yield host:port."""
-    chain = Chain([deadline_guard(600)], RequestMetrics("scripted", methods, new_registry()))
+    chain = Chain(Pipeline([deadline_guard(600)], RequestMetrics("scripted", methods, new_registry())))
     server = grpc.aio.server(interceptors=[chain], options=server_options(DATA_MESSAGE_BYTES))
     for add in adders:
         add(server)

@@ -358,3 +358,15 @@ def test_the_probe_command_tells_serving_from_everything_else() -> None:
 
     run(scenario, ready=False)
     assert probe.main([]) == 2
+
+
+def test_bytes_that_are_no_message_are_the_callers_mistake_and_are_not_parsed_before_the_call_is_admitted() -> None:
+    async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
+        send: Callable[..., Awaitable[str]] = channel.unary_unary("/tether.v1.ReferenceService/ComputeLogprobs")
+        error = await failure(send(b"\x0a\xff\xff", timeout=5))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(error, error_details_pb2.ErrorInfo)[0].reason == "MALFORMED_MESSAGE"
+        error = await failure(send(b"\x0a\xff\xff", timeout=None))
+        assert details(error, error_details_pb2.ErrorInfo)[0].reason == "DEADLINE_MISSING"
+
+    run(scenario)

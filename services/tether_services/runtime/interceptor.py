@@ -1,17 +1,22 @@
-"""The one server interceptor: guards, error mapping and request metrics around every method."""
+"""The one gRPC server interceptor: every method runs through the pipeline, every error leaves as a rich status.
+
+Requests are parsed here, after the call was admitted: a refused call costs no parsing, and a message that cannot be
+parsed is the caller's mistake (INVALID_ARGUMENT), where gRPC alone would report a defect of the service.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from tether_services.runtime.errors import abort, as_tether_error
-from tether_services.runtime.limits import CallInfo, Guard
-from tether_services.runtime.metrics import RequestMetrics
+from tether.errors import InvalidArgumentError, TetherError
+from tether_services.runtime.errors import abort
+from tether_services.runtime.limits import CallInfo
+from tether_services.runtime.pipeline import Pipeline
 
 EXEMPT_PREFIXES = ("/grpc.health.", "/grpc.reflection.")
 """Health must answer under overload and before the engine is ready; reflection holds no data."""
@@ -20,14 +25,14 @@ Handler: TypeAlias = Any
 """A grpc.RpcMethodHandler; that class is generic for type checkers only."""
 Context: TypeAlias = Any
 """A grpc.aio.ServicerContext, likewise."""
+Parse: TypeAlias = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Chain(grpc.aio.ServerInterceptor):
-    """Runs the guards in order, then the method; every error leaves as a rich status and every call is counted."""
+    """Sends the calls of a server through the pipeline."""
 
-    guards: Sequence[Guard]
-    metrics: RequestMetrics
+    pipeline: Pipeline
 
     async def intercept_service(
         self,
@@ -40,80 +45,79 @@ class Chain(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(EXEMPT_PREFIXES):
             return handler
         metadata = tuple(handler_call_details.invocation_metadata or ())
-        return _replace_behaviour(handler, self, method, metadata)
-
-    def admit(self, method: str, metadata: Any, context: Context) -> None:
-        """Run the guards."""
-        call = CallInfo(method, metadata, context.time_remaining())
-        for guard in self.guards:
-            guard(call)
-
-    async def finish(self, method: str, started: float, error: BaseException | None, context: Context) -> None:
-        """Count the call and, if it failed, end it with the rich status."""
-        mapped = as_tether_error(error) if error is not None else None
-        self.metrics.observe(method.rsplit("/", 1)[-1], mapped, time.monotonic() - started)
-        if mapped is not None:
-            await abort(context, mapped)
+        return _replace_behaviour(handler, self.pipeline, method, metadata)
 
 
-def _replace_behaviour(handler: Handler, chain: Chain, method: str, metadata: Any) -> Handler:
-    coders = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
+def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str, metadata: Any) -> Handler:
+    parse, serialize = handler.request_deserializer, {"response_serializer": handler.response_serializer}
+
+    def describe(context: Context) -> CallInfo:
+        return CallInfo(method, metadata, context.time_remaining(), read_identities(context))
+
     if handler.unary_unary:
-        unary = _wrap_unary(handler.unary_unary, chain, method, metadata)
-        return grpc.unary_unary_rpc_method_handler(unary, **coders)
+        unary = _wrap_unary(handler.unary_unary, pipeline, describe, lambda request: parse_message(parse, request))
+        return grpc.unary_unary_rpc_method_handler(unary, **serialize)
     if handler.stream_unary:
-        unary = _wrap_unary(handler.stream_unary, chain, method, metadata)
-        return grpc.stream_unary_rpc_method_handler(unary, **coders)
+        unary = _wrap_unary(handler.stream_unary, pipeline, describe, lambda requests: _parse_all(parse, requests))
+        return grpc.stream_unary_rpc_method_handler(unary, **serialize)
     if handler.unary_stream:
-        stream = _wrap_stream(handler.unary_stream, chain, method, metadata)
-        return grpc.unary_stream_rpc_method_handler(stream, **coders)
+        stream = _wrap_stream(handler.unary_stream, pipeline, describe, lambda request: parse_message(parse, request))
+        return grpc.unary_stream_rpc_method_handler(stream, **serialize)
     raise NotImplementedError(f"{method}: no method of the contract streams both ways")
 
 
 def _wrap_unary(
-    behaviour: Callable[[Any, Context], Awaitable[Any]], chain: Chain, method: str, metadata: Any
+    behaviour: Callable[[Any, Context], Awaitable[Any]],
+    pipeline: Pipeline,
+    describe: Callable[[Context], CallInfo],
+    read: Callable[[Any], Any],
 ) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def call(request: Any, context: Context) -> Any:
-        started = time.monotonic()
+    async def call(raw: Any, context: Context) -> Any:
         try:
-            chain.admit(method, metadata, context)
-            response = await behaviour(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except BaseException as error:  # every failure must leave as a status; cancellation is re-raised below
-            await _fail(chain, method, started, error, context)
-            raise
-        await chain.finish(method, started, None, context)
-        return response
+            return await pipeline.answer(describe(context), lambda: behaviour(read(raw), context))
+        except TetherError as error:
+            await abort(context, error)
 
     return call
 
 
 def _wrap_stream(
-    behaviour: Callable[[Any, Context], AsyncIterator[Any]], chain: Chain, method: str, metadata: Any
+    behaviour: Callable[[Any, Context], AsyncIterator[Any]],
+    pipeline: Pipeline,
+    describe: Callable[[Context], CallInfo],
+    read: Callable[[Any], Any],
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        started = time.monotonic()
+    async def call(raw: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            chain.admit(method, metadata, context)
-            async for response in behaviour(request, context):
+            async for response in pipeline.stream(describe(context), lambda: behaviour(read(raw), context)):
                 yield response
-        except (grpc.aio.AbortError, GeneratorExit):
-            raise
-        except BaseException as error:  # as in _wrap_unary
-            await _fail(chain, method, started, error, context)
-            raise
-        await chain.finish(method, started, None, context)
+        except TetherError as error:
+            await abort(context, error)
 
     return call
 
 
-async def _fail(chain: Chain, method: str, started: float, error: BaseException, context: Context) -> None:
-    """End a failed call; a cancelled one is only counted, because its context is gone."""
-    if isinstance(error, Exception):
-        await chain.finish(method, started, error, context)
-    else:
-        chain.metrics.observe(method.rsplit("/", 1)[-1], as_tether_error(error), time.monotonic() - started)
+def parse_message(parse: Parse, raw: bytes) -> Any:
+    """Return the request message of its bytes.
+
+    Raises:
+        InvalidArgumentError: They are not one.
+    """
+    try:
+        return parse(raw)
+    except DecodeError:
+        raise InvalidArgumentError(
+            "The request is not a message of this method: its bytes cannot be parsed.", reason="MALFORMED_MESSAGE"
+        ) from None
+
+
+async def _parse_all(parse: Parse, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for raw in requests:
+        yield parse_message(parse, raw)
+
+
+def read_identities(context: Context) -> tuple[str, ...]:
+    """Return the verified names in the caller's certificate, SPIFFE ids before the common name; none without one."""
+    proven = context.auth_context() or {}
+    names = [*proven.get("peer_spiffe_id", ()), *proven.get("x509_common_name", ())]
+    return tuple(name.decode("utf-8", "replace") for name in names)

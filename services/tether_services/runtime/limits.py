@@ -21,13 +21,12 @@ class CallInfo:
     """What the caller sent beside the message."""
     remaining_seconds: float | None
     """Time to the deadline; None if there is none."""
+    identities: tuple[str, ...] = ()
+    """Verified names in the caller's certificate; empty without one."""
 
 
 Guard = Callable[[CallInfo], None]
-"""Raises a TetherError to refuse the call.
-
-Order in the chain: identity, scope and quota (these three are not there yet), readiness, deadline.
-"""
+"""Raises a TetherError to refuse the call. The pipeline knows the identity and holds the quota before it asks."""
 
 
 def deadline_guard(max_deadline_seconds: float) -> Guard:

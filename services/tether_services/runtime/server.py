@@ -25,6 +25,7 @@ from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
 from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
@@ -203,7 +204,7 @@ class ServiceRunner:
             readiness_guard(lambda: self.health.not_ready_reason),
             deadline_guard(self._settings.max_deadline_seconds),
         ]
-        chain = Chain(guards, metrics)
+        chain = Chain(Pipeline(guards, metrics))
         for port in self._service.ports():
             self.bound_ports.append(await self._listen(port, chain))
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
