@@ -411,7 +411,9 @@ def test_a_reward_model_that_reads_other_token_ids_than_the_policy_is_refused(tm
     model, text = tiny_run(tmp_path)
 
     async def scenario() -> None:
-        settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "model": str(DEMO / "models" / "reward")})
+        settings = RewardSettings.model_validate(
+            {**LOCAL, "admin_address": "127.0.0.1:0", "model": str(DEMO / "models" / "reward")}
+        )
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
             world(model, tmp_path / "runs", reward_address=reward.target) as w,

@@ -34,6 +34,7 @@ ADDRESSES = Addresses(
     generator="127.0.0.1:1",
     adapter="127.0.0.1:2",
     reward="127.0.0.1:3",
+    reward_models="127.0.0.1:10",
     reference="127.0.0.1:4",
     orchestrator="127.0.0.1:5",
     metrics={
@@ -80,8 +81,8 @@ def test_the_orchestrator_knows_where_the_others_are() -> None:
 def test_all_services_listen_on_their_own_addresses() -> None:
     settings = resolve(LocalOptions())
     listening = [part.address for part in settings.values()] + [part.metrics_address for part in settings.values()]
-    listening.append(settings["generator"].admin_address)
-    assert len(set(listening)) == 9
+    listening += [settings[name].admin_address for name in ("generator", "reward")]
+    assert len(set(listening)) == 10
 
 
 def test_settings_of_one_service_are_stronger_than_the_options() -> None:

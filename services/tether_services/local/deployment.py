@@ -25,8 +25,8 @@ DEMO_MODELS: Final = Path(__file__).parents[1] / "demo" / "models"
 """Folders `policy` and `reward`: small models that ship with the package."""
 PORTS: Final = range(20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections, so that none is taken meanwhile."""
-USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, 9101, 9102, 9103, 9104)
-"""Defaults of the services and the clients: generator, adapter, reward, reference, orchestrator, then the metrics."""
+USUAL_PORTS: Final = (50051, 50061, 50052, 50062, 50053, 50054, 9101, 9102, 9103, 9104)
+"""Defaults of services and clients: generator, adapter, reward, reward models, reference, orchestrator, metrics."""
 FOLDER: Final = "_services"
 """Folder of configurations, logs and pushed adapters in the state folder; no run can have this name."""
 DRAIN_SECONDS: Final = 5.0
@@ -69,6 +69,8 @@ class Addresses:
     adapter: str
     """The generator's admin port."""
     reward: str
+    reward_models: str
+    """The reward service's admin port."""
     reference: str
     orchestrator: str
     metrics: Mapping[str, str]
@@ -188,7 +190,13 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
             "threads": max(1, options.threads // 2),
             **model,
         },
-        "reward": {"address": addresses.reward, "engine": engine, "threads": share, **reward},
+        "reward": {
+            "address": addresses.reward,
+            "admin_address": addresses.reward_models,
+            "engine": engine,
+            "threads": share,
+            **reward,
+        },
         "reference": {"address": addresses.reference, "engine": engine, "threads": share, **model},
         "orchestrator": {
             "address": addresses.orchestrator,
@@ -259,8 +267,10 @@ def _check_options(options: LocalOptions) -> None:
 
 def _choose_addresses(*, usual: bool) -> Addresses:
     ports = USUAL_PORTS if usual and all(is_free(port) for port in USUAL_PORTS) else free_ports(len(USUAL_PORTS))
-    generator, adapter, reward, reference, orchestrator, *metrics = (f"127.0.0.1:{port}" for port in ports)
-    return Addresses(generator, adapter, reward, reference, orchestrator, dict(zip(SERVICES, metrics, strict=True)))
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    metrics = dict(zip(SERVICES, addresses[-len(SERVICES) :], strict=True))
+    generator, adapter, reward, reward_models, reference, orchestrator = addresses[: -len(SERVICES)]
+    return Addresses(generator, adapter, reward, reward_models, reference, orchestrator, metrics)
 
 
 def free_ports(count: int) -> list[int]:

@@ -80,7 +80,7 @@ class ModelSettings(Settings):
 
 
 class CacheSettings(Settings):
-    """Scores that are kept to answer the same item again. See docs/reward-models.md for what callers can learn from it."""
+    """Scores that are kept to answer the same item again; docs/reward-models.md says what callers can learn from it."""
 
     max_items: int = Field(default=0, ge=0, le=10_000_000)
     """Scores that are kept at most; 0 turns the cache off."""
@@ -111,10 +111,10 @@ class RewardSettings(ServerSettings):
     model: str = ""
     """Folder or hub name of that reward model; required except by the fake engine and where `models` is given."""
     models: tuple[ModelSettings, ...] = Field(default=(), max_length=64)
-    """Reward models; the first is the default one, and the first of a name that of the name. Empty: one model, of `engine`
-    and `model`."""
+    """Reward models; the first is the default one, the first of a name that of the name. Empty: one, of `engine` and
+    `model`."""
     model_store: str = ""
-    """Folder with a folder NAME/VERSION for each reward model that LoadRewardModel may load; empty: it may load none."""
+    """Folder with NAME/VERSION for each reward model that LoadRewardModel may load; empty: it may load none."""
     rule_modules: tuple[str, ...] = ("tether_services.reward.rules",)
     """Modules whose functions a model.toml of the store may name, besides those of the rules in `models`."""
     max_models: int = Field(default=16, ge=1, le=64)

@@ -21,7 +21,7 @@ def fake_sha256(salt: str = "") -> str:
 
 
 def fake_score(prompt_token_ids: Sequence[int], response_token_ids: Sequence[int], *, salt: str = "") -> float:
-    """Return what the fake engine answers for token ids: a number in [-1, 1) from the hash of all of them and the salt."""
+    """Return what the fake engine answers for token ids: a number in [-1, 1) from the hash of them and a salt."""
     ids = [*prompt_token_ids, *response_token_ids]
     digest = hashlib.sha256(struct.pack(f"<q{len(ids)}i", len(prompt_token_ids), *ids) + salt.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**47 - 1.0
