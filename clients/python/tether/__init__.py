@@ -34,6 +34,13 @@ from tether.reward import (
     ScoreItem,
     ScoreResult,
 )
+from tether.reward_models import (
+    LoadedRewardModel,
+    LoadedRewardModels,
+    RewardModelClient,
+    RewardModelShadow,
+    ScoreCacheState,
+)
 
 __version__ = "0.1.0"
 
@@ -59,6 +66,8 @@ __all__ = [
     "InvalidArgumentError",
     "ItemLogprobs",
     "ItemScore",
+    "LoadedRewardModel",
+    "LoadedRewardModels",
     "LogprobItem",
     "LogprobResult",
     "Message",
@@ -72,10 +81,13 @@ __all__ = [
     "ResourceExhaustedError",
     "RewardClient",
     "RewardModel",
+    "RewardModelClient",
+    "RewardModelShadow",
     "Rollback",
     "Run",
     "SampleCounts",
     "SamplingParams",
+    "ScoreCacheState",
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",

@@ -14,6 +14,7 @@ import tether
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
 from tether_services.cli.data_commands import add_data
+from tether_services.cli.model_commands import add_model
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
 STAGES: Final = ("pretrain", "sft", "reward", "dpo")
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_delegating(commands, "train", "run one offline stage", STAGES, _train)
     add_data(commands)
     add_adapter(commands)
+    add_model(commands)
     _add_up(commands)
     _add_demo(commands)
     _add_run(commands)
