@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -76,12 +77,15 @@ class Scorer:
         """Return what a function gives that reads text, called in the thread for that."""
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, function, *arguments)
 
-    async def judge(self, held: HeldModel, read: Callable[[], Inputs], *, timeout_seconds: float) -> Judged:
+    async def judge(
+        self, held: HeldModel, read: Callable[[], Inputs], *, num_items: int, timeout_seconds: float
+    ) -> Judged:
         """Return the items of a call with a judgement or a refusal for each; they are counted.
 
         Args:
             held: The model; the caller keeps it from being closed.
             read: Gives the items; called in the thread for text.
+            num_items: How many.
             timeout_seconds: For their turn in the queue.
 
         Raises:
@@ -89,10 +93,11 @@ class Scorer:
         """
         caches = self.cache.is_on and held.cacheable
         identity = identify_model(held.model) if caches else b""
-        inputs, prepared = await self.in_text_thread(read_and_prepare, held.model.reader, read, identity)
-        known = self._look_up(held, prepared) if caches else {}
-        missing = [item for index, item in enumerate(prepared) if index not in known and not _is_refused(item)]
-        judged = iter(await self._submit(held, missing, timeout_seconds=timeout_seconds))
+        with self._expecting(num_items):
+            inputs, prepared = await self.in_text_thread(read_and_prepare, held.model.reader, read, identity)
+            known = self._look_up(held, prepared) if caches else {}
+            missing = [item for index, item in enumerate(prepared) if index not in known]
+            judged = iter(await self._batch(held, missing, timeout_seconds=timeout_seconds))
         outcomes = [
             item if isinstance(item, Refusal) else known.get(index) or next(judged)
             for index, item in enumerate(prepared)
@@ -111,8 +116,7 @@ class Scorer:
             TetherError: As `judge`.
         """
         prepared = [await self.in_text_thread(prepare_one, held.model.reader, item, b"") for item in inputs]
-        missing = [item for item in prepared if not _is_refused(item)]
-        judged = iter(await self._batch(held, missing, timeout_seconds=timeout_seconds))
+        judged = iter(await self._batch(held, prepared, timeout_seconds=timeout_seconds))
         return [item if isinstance(item, Refusal) else next(judged) for item in prepared]
 
     def _look_up(self, held: HeldModel, prepared: Sequence[Prepared]) -> dict[int, Judgement]:
@@ -123,7 +127,7 @@ class Scorer:
                 judgement = self.cache.get(item.digest)
                 if judgement is not None:
                     known[index] = judgement
-        num_items = sum(not _is_refused(item) for item in prepared)
+        num_items = sum(isinstance(item, PreparedItem) for item in prepared)
         held.num_hits += len(known)
         held.num_misses += num_items - len(known)
         return known
@@ -133,15 +137,17 @@ class Scorer:
             if index not in known and isinstance(item, PreparedItem) and isinstance(outcome, Judgement):
                 self.cache.put(item.digest, outcome)
 
-    async def _submit(self, held: HeldModel, items: Sequence[Prepared], *, timeout_seconds: float) -> Sequence[Outcome]:
-        """Return the outcomes of a caller's items, which count as waiting until then."""
-        self._num_waiting += len(items)
+    @contextmanager
+    def _expecting(self, num_items: int) -> Iterator[None]:
+        """Count a caller's items as waiting until the block ends."""
+        self._num_waiting += num_items
         try:
-            return await self._batch(held, items, timeout_seconds=timeout_seconds)
+            yield
         finally:
-            self._num_waiting -= len(items)
+            self._num_waiting -= num_items
 
     async def _batch(self, held: HeldModel, items: Sequence[Prepared], *, timeout_seconds: float) -> Sequence[Outcome]:
+        """Return the outcomes of the items that are not refused, in order."""
         queued = [((held, item), max(1, item.task.num_tokens)) for item in items if isinstance(item, PreparedItem)]
         # The version is part of the key: what shares a batch is judged by the model of its first item.
         key = (held.id.name, held.id.version)
@@ -181,7 +187,3 @@ def prepare_one(reader: ItemReader, item: ScoreInput, identity: bytes) -> Prepar
     except TetherError as error:
         return Refusal(error)
     return replace(prepared, digest=digest_item(identity, prepared)) if identity else prepared
-
-
-def _is_refused(item: Prepared) -> bool:
-    return isinstance(item, Refusal)

@@ -103,7 +103,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             if not 1 <= len(request.items) <= limit:
                 raise InvalidArgumentError(f"{len(request.items)} items; 1 to {limit} are accepted.", field="items")
             read = partial(read_items, request.items)
-            judged = await self._scorer.judge(held, read, timeout_seconds=context.time_remaining())
+            left = context.time_remaining()
+            judged = await self._scorer.judge(held, read, num_items=len(request.items), timeout_seconds=left)
             self._shadow.offer(held, judged)
             return reward_pb2.ScoreResponse(
                 scores=[write_score(outcome, field=f"items[{i}]") for i, outcome in enumerate(judged.outcomes)],
@@ -122,7 +123,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
                 )
             items = [reward_pb2.ScoreItem(prompt=request.prompt, response=response) for response in request.responses]
             read = partial(read_items, items)
-            judged = await self._scorer.judge(held, read, timeout_seconds=context.time_remaining())
+            left = context.time_remaining()
+            judged = await self._scorer.judge(held, read, num_items=count, timeout_seconds=left)
             judgements = [expect_judgement(outcome, index=index) for index, outcome in enumerate(judged.outcomes)]
             self._shadow.offer(held, judged)
             scores = [judgement.score for judgement in judgements]

@@ -40,6 +40,7 @@ class FakeRewardEngine:
     def __init__(self, codec: TextCodec | None, *, salt: str = "") -> None:
         used = codec or ByteCodec()
         self._salt = salt
+        self._is_closed = False
         self.description = EngineDescription(
             engine="fake",
             sha256=fake_sha256(salt),
@@ -54,11 +55,14 @@ class FakeRewardEngine:
         """Do nothing."""
 
     async def score(self, tasks: Sequence[ScoreTask]) -> list[float | TetherError]:
-        """Return the oracle's answers."""
+        """Return the oracle's answers; raise after `close`, as real engines do."""
+        if self._is_closed:
+            raise RuntimeError("the engine is closed")
         return [fake_score(task.prompt_token_ids, task.response_token_ids, salt=self._salt) for task in tasks]
 
     async def check(self) -> None:
         """Do nothing: a fake is always alive."""
 
     async def close(self) -> None:
-        """Do nothing."""
+        """Score nothing from now on."""
+        self._is_closed = True
