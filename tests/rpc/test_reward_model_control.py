@@ -6,7 +6,8 @@ import asyncio
 import uuid
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ from tether.errors import (
 )
 from tether.reward import RewardClient, ScoreItem
 from tether.reward_models import RewardModelClient
+from tether_services.orchestrator.config import RunConfig
+from tether_services.orchestrator.remote import Remote, Services
+from tether_services.orchestrator.retrying import RetryBudget, RetryPolicy
+from tether_services.orchestrator.service_checks import find_reward_model
 from tether_services.reward import loading
 from tether_services.reward.engines.fake import fake_text_score
 
@@ -355,6 +360,21 @@ def test_a_name_that_was_unloaded_is_not_missed_after_a_restart(tmp_path: Path) 
             assert await rewards.states() == {"m@1": "serving"}
 
     run(scenario())
+
+
+@pytest.mark.parametrize(("selector", "version"), [("", "1"), ("m", "1"), ("m@2", "2"), ("m@3", ""), ("n", "")])
+def test_a_training_run_finds_the_version_that_its_calls_select(selector: str, version: str) -> None:
+    async def scenario() -> str:
+        async with serve_rewards(models=[fake_model("m", "1"), fake_model("m", "2")]) as rewards:
+            remote = Remote("reward", rewards.reward, RetryPolicy(0, 0.001), RetryBudget(1))
+            services, config = SimpleNamespace(reward=remote), SimpleNamespace(score_model=selector)
+            return (await find_reward_model(cast(Services, services), cast(RunConfig, config))).version
+
+    if version:
+        assert run(scenario()) == version
+    else:
+        with pytest.raises(InvalidArgumentError, match="it has m@1, m@2"):
+            run(scenario())
 
 
 def test_real_models_and_adapters_are_loaded_from_the_store_and_score_what_they_did_elsewhere(tmp_path: Path) -> None:
