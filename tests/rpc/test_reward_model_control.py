@@ -204,6 +204,33 @@ def test_unloading_waits_for_calls_in_flight_and_no_new_one_gets_in() -> None:
     run(scenario())
 
 
+def test_a_batch_whose_caller_has_left_still_keeps_its_engine_open() -> None:
+    reward_rules.GATE.clear()
+
+    async def scenario() -> None:
+        async with serve_rewards(models=[fake_model("m", "1"), GATE_RULE]) as rewards:
+
+            async def wait_for_users(count: int) -> str:
+                while True:
+                    (gate,) = [m for m in (await rewards.models.list_loaded()).models if m.name == "gate"]
+                    if gate.active_request_count == count:
+                        return gate.version
+                    await asyncio.sleep(0.01)
+
+            leaving = asyncio.create_task(rewards.reward.score([ITEM], model="gate"))
+            version = await wait_for_users(2)
+            leaving.cancel()
+            await wait_for_users(1)  # the batch alone
+            unloading = asyncio.create_task(rewards.models.unload("gate", version))
+            while (await rewards.states())[f"gate@{version}"] != "draining":
+                await asyncio.sleep(0.01)
+            assert not unloading.done()
+            reward_rules.GATE.set()
+            await unloading
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("stage", ["load_model", "warm_up"])
 def test_others_are_served_while_one_loads_and_one_is_loaded_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -303,61 +330,6 @@ def test_control_and_scoring_are_reached_on_their_own_port_only() -> None:
                 assert (await refused(lost.load("m", "2")))[0] is UnimplementedError
             async with RewardClient(rewards.admin_target, retries=False) as lost_too:
                 assert (await refused(lost_too.score([ITEM])))[0] is UnimplementedError
-
-    run(scenario())
-
-
-def test_the_default_survives_a_restart(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    for version in ("2", "3"):
-        store_model(store, "m", version)
-    values: dict[str, Any] = {"model_store": str(store), "state_dir": str(tmp_path / "state")}
-
-    async def switch() -> None:
-        async with serve_rewards(**values) as rewards:
-            for version, before in (("2", "m@1"), ("3", "m@2")):
-                await rewards.models.load("m", version)
-                await rewards.models.set_default("m", version, expected_current=before)
-
-    async def look(expected: str, **changes: Any) -> None:
-        async with serve_rewards(**(values | changes)) as rewards:
-            result = await rewards.reward.score([ITEM])
-            assert (result.version, result.scores[0].score) == (expected, oracle(expected))
-
-    run(switch())
-    run(look("3"))
-    run(look("1", state_dir=""))  # the control: without the folder the configuration decides
-    (store / "m" / "3" / "model.toml").write_text('components = [{name = "f", engine = "fake", salt = "4"}]')
-    with pytest.raises(InvalidArgumentError, match="has the content hash") as caught:
-        run(look("3"))
-    assert caught.value.violations[0].field == "state_dir"
-    (store / "m" / "3" / "model.toml").unlink()
-    with pytest.raises(InvalidArgumentError, match="m@3 was made the default and cannot be served"):
-        run(look("3"))
-    (tmp_path / "state" / "default_models.json").write_text("{")
-    with pytest.raises(InvalidArgumentError, match="Delete it"):
-        run(look("3"))
-    (tmp_path / "state" / "default_models.json").unlink()
-    run(look("1"))
-
-
-def test_a_name_that_was_unloaded_is_not_missed_after_a_restart(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    for version in ("1", "2"):
-        store_model(store, "other", version)
-    values: dict[str, Any] = {"model_store": str(store), "state_dir": str(tmp_path / "state")}
-
-    async def scenario() -> None:
-        async with serve_rewards(**values) as rewards:
-            for version in ("1", "2"):
-                await rewards.models.load("other", version)
-            await rewards.models.set_default("other", "2", expected_current="other@1", name_only=True)
-            await rewards.models.unload("other", "1")
-        async with serve_rewards(**values) as rewards:
-            assert (await rewards.reward.score([ITEM], model="other")).version == "2"
-            await rewards.models.unload("other", "2")
-        async with serve_rewards(**values) as rewards:
-            assert await rewards.states() == {"m@1": "serving"}
 
     run(scenario())
 

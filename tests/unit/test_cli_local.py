@@ -105,6 +105,10 @@ def test_pushed_adapters_are_kept_below_the_state_folder_unless_told_otherwise()
     assert adapters(folder="elsewhere").folder == Path("elsewhere")
 
 
+def test_the_default_reward_model_is_kept_below_the_state_folder() -> None:
+    assert resolve(LocalOptions(state_dir=Path("somewhere")))["reward"].state_dir == "somewhere/_services/reward"
+
+
 def test_the_command_line_becomes_options_and_leaves_the_rest_to_its_default() -> None:
     known = build_parser().parse_args(["up", "--engine", "vllm", "--model", "m", "--threads", "3"])
     options = local_options(known, state_dir=known.state_dir)

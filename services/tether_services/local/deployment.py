@@ -193,6 +193,7 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
         "reward": {
             "address": addresses.reward,
             "admin_address": addresses.reward_models,
+            "state_dir": str(options.state_dir / FOLDER / "reward"),
             "engine": engine,
             "threads": share,
             **reward,

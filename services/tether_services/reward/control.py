@@ -12,7 +12,7 @@ from tether_services.reward.defaults import DefaultsFile
 from tether_services.reward.loading import ModelLoader
 from tether_services.reward.metrics import RewardMetrics
 from tether_services.reward.models import RewardModel
-from tether_services.reward.names import ModelId
+from tether_services.reward.names import MAX_SHOWN_CHARS, ModelId
 from tether_services.reward.pool import HeldModel, ModelPool
 from tether_services.reward.shadow import Shadow, ShadowScorer
 from tether_services.runtime.logging import log_event
@@ -122,7 +122,7 @@ class ModelControl:
                 return previous
             if previous != expected:
                 raise AbortedError(
-                    f"{previous} is the default, not {str(expected)[:160]}; look again before you switch.",
+                    f"{previous} is the default, not {str(expected)[:MAX_SHOWN_CHARS]!r}; look again, then switch.",
                     field="expected_current",
                     reason="UNEXPECTED_DEFAULT",
                 )
