@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rpc.reward_serving import fake_model, serve_rewards, store_model
+from tests.rpc.reward_model_serving import fake_model, serve_rewards, store_model
 from tether.reward import ScoreItem
 from tether_services.cli.main import main
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.rpc.reward_serving import ServedRewards, fake_model, serve_rewards, store_model
+from tests.rpc.reward_model_serving import ServedRewards, fake_model, serve_rewards, store_model
 from tests.rpc.serving import run
 from tests.unit.tiny_reward import write_classifier
 from tether.generator import Message

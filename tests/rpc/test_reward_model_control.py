@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.rpc import reward_rules
-from tests.rpc.reward_serving import fake_model, serve_rewards, store_model
+from tests.rpc.reward_model_serving import fake_model, serve_rewards, store_model
 from tests.rpc.serving import run
 from tests.unit.tiny_reward import VOCABULARY, write_adapter, write_classifier, write_policy
 from tether.errors import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.rpc.reward_serving import serve_rewards, store_model
+from tests.rpc.reward_model_serving import serve_rewards, store_model
 from tests.rpc.serving import run
 from tether.errors import InvalidArgumentError
 from tether.reward import ScoreItem

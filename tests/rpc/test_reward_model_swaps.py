@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.rpc.reward_serving import ServedRewards, fake_model, serve_rewards, store_model
+from tests.rpc.reward_model_serving import ServedRewards, fake_model, serve_rewards, store_model
 from tests.rpc.serving import run
 from tests.unit.tiny_reward import VOCABULARY, write_classifier
 from tether.errors import TetherError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.rpc import reward_rules
-from tests.rpc.reward_serving import ServedRewards, fake_model, serve_rewards
+from tests.rpc.reward_model_serving import ServedRewards, fake_model, serve_rewards
 from tests.rpc.serving import run
 from tether.errors import InvalidArgumentError, NotFoundError, TetherError
 from tether.reward import ScoreItem
