@@ -1,4 +1,4 @@
-"""Says whether a recorded history keeps the seven invariants. Knows nothing of tether: standard library only.
+"""Says whether a recorded history keeps the nine invariants. Knows nothing of tether: standard library only.
 
 A history is a sequence of JSON objects, each with `kind` and, where it was recorded live, `t` (monotonic seconds) and
 `pid`. What is read, by kind (fields in brackets may be absent):
@@ -28,6 +28,9 @@ A history is a sequence of JSON objects, each with `kind` and, where it was reco
     mute, heard  service [bound_seconds]                       from now on it answers no call; it has answered one again
     liveness     service healthy                               what a liveness check says
     repeat       service code                                  a call of a run is made again
+    share        who what got least                            what somebody got of something, and was promised
+    bound        who what got most                             a figure, and how large it may be
+    resource     process name value bound                      memory, descriptors: how far it may grow after warm-up
     state        like run policy_version part sha256           bytes that every run of the same `like` must share
 """
 
@@ -45,6 +48,7 @@ from typing import Any, Final
 
 from tests.reliability.call_rules import Line, find_bad_calls
 from tests.reliability.rollback_rules import find_bad_policies, find_reused_versions, was_rolled_back
+from tests.reliability.service_rules import find_growth, find_lost_shares
 
 __all__ = ["INVARIANTS", "Line", "Verdict", "check", "read_history"]
 
@@ -378,4 +382,6 @@ INVARIANTS: Final[Mapping[str, Callable[[History], Iterator[str]]]] = {
     "I5": lambda history: chain(find_unverified_adapters(history), find_bad_policies(history.of)),
     "I6": lambda history: find_bad_calls(history.of),
     "I7": find_different_bits,
+    "I8": lambda history: find_lost_shares(history.of),
+    "I9": lambda history: find_growth(history.of),
 }

@@ -256,6 +256,42 @@ def _take_out_epoch() -> None:
     _set(Fence, "check", lambda self, run_id, epoch: None)
 
 
+def _take_out_drain() -> None:
+    """A service that is told to end does so at once."""
+    from tether_services.runtime.server import ServiceRunner
+
+    _set(ServiceRunner, "close", lambda self: os._exit(0))
+
+
+def _leak() -> None:
+    """Every call leaves 20 kB behind: not a protection, but what the watch on memory must notice."""
+    from tether_services.runtime.pipeline import Pipeline
+
+    answer, kept = Pipeline.answer, list[bytes]()
+
+    async def answer_and_keep(self: Pipeline, *arguments: Any) -> Any:
+        kept.append(os.urandom(20_000))
+        return await answer(self, *arguments)
+
+    _set(Pipeline, "answer", answer_and_keep)
+
+
+def _take_out_sizes() -> None:
+    """A port takes messages of any size."""
+    from tether_services.runtime import server
+
+    options = server.server_options
+    unlimited = {"grpc.max_receive_message_length": -1}
+    _set(server, "server_options", lambda *given: list((dict(options(*given)) | unlimited).items()))
+
+
+def _take_out_reload() -> None:
+    """Certificates and tokens are read once."""
+    from tether_services.runtime.reloading import Reloaded
+
+    _set(Reloaded, "refresh", lambda self: self.value)
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
@@ -272,4 +308,8 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "alarms": _take_out_alarms,
     "spoil": _spoil,
     "epoch": _take_out_epoch,
+    "drain": _take_out_drain,
+    "leak": _leak,
+    "sizes": _take_out_sizes,
+    "reload": _take_out_reload,
 }

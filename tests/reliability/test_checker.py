@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reliability import call_rules, checker, rollback_rules
+from tests.reliability import call_rules, checker, rollback_rules, service_rules
 from tests.reliability.checker import INVARIANTS, check, read_history
 
 History = list[dict[str, Any]]
@@ -111,6 +111,8 @@ LATE = {"kind": "activated", "epoch": 1}
 NOTHING: dict[str, Any] = {"generated": 0, "trained": 0, "dropped": {}}
 BAD = {"kind": "offered", "sha256": "sha3", "valid": False, "why": "one bit"}
 SEEN = {"kind": "observed", "t": 99.0, "run": "r", "committed": 5}
+SHARE = {"kind": "share", "who": "polite", "what": "the calls", "got": 0.14, "least": 0.15}
+BOUND = {"kind": "bound", "who": "rejections", "what": "p99 s", "got": 0.06, "most": 0.05}
 # Each edit breaks a good history of three steps (step 1 killed once) in one way.
 Edit = Callable[[History], object]
 BREAKS: list[tuple[str, str, Edit]] = [
@@ -145,7 +147,17 @@ BREAKS: list[tuple[str, str, Edit]] = [
     ("I5", "although it is bad: one bit", lambda h: h.append(BAD)),
     ("I7", "adapter of version 2 differs", lambda h: h.extend(other_run(h, policy_version=2))),
     ("I7", "was not recorded for ['other']", lambda h: h.extend(other_run(h)[:-1])),
+    ("I8", "polite got 0.14 of the calls, 0.15 is its due", lambda h: h.append(SHARE)),
+    ("I8", "rejections: p99 s was 0.06, at most 0.05", lambda h: h.append(BOUND)),
+    ("I9", "only 8 samples of bytes", lambda h: h.extend(resource(*range(8)))),
+    ("I9", "bytes grew from 104 to 107, by more than 2", lambda h: h.extend(resource(*range(100, 109)))),
 ]  # fmt: skip
+
+
+def resource(*values: int) -> History:
+    """Samples of the memory of a process that may grow by two bytes."""
+    line = {"kind": "resource", "process": "reward", "name": "bytes", "bound": 2}
+    return [{**line, "t": float(number), "value": value} for number, value in enumerate(values)]
 
 
 def other_run(history: History, *, policy_version: int = 0) -> History:
@@ -348,11 +360,18 @@ def test_a_step_on_top_of_a_bad_policy_is_reported_unless_that_was_rolled_back()
     assert check([*history, spoiled | {"step": 0}]).names == {"I5"}, "that one was not rolled back"
 
 
+def test_shares_bounds_and_memory_that_keep_their_promise_pass() -> None:
+    kept = [{**SHARE, "got": 0.15}, {**BOUND, "got": 0.05}]
+    warm_up = resource(100, 150, 190, *(200,) * 3, 201, 202, 202)
+    assert check([*good_history(), *kept, *warm_up]).violations == [], "what is grown in the first third is warm-up"
+
+
 def test_the_checker_imports_the_standard_library_and_its_own_rules_only() -> None:
-    rules = {"tests.reliability.call_rules", "tests.reliability.rollback_rules"}
-    for module, own in ((checker, rules), (call_rules, set()), (rollback_rules, rules)):
+    parts = (call_rules, rollback_rules, service_rules)
+    rules = {part.__name__ for part in parts}
+    for module, own in ((checker, rules), (call_rules, set()), (rollback_rules, rules), (service_rules, set())):
         tree = ast.parse(Path(str(module.__file__)).read_text())
         imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert {name.split(".")[0] for name in imported - own} <= sys.stdlib_module_names
-    assert set(INVARIANTS) == {f"I{n}" for n in range(1, 8)}
+    assert set(INVARIANTS) == {f"I{n}" for n in range(1, 10)}

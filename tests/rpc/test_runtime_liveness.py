@@ -339,7 +339,7 @@ def test_b9_the_call_of_a_caller_that_is_gone_without_a_word_is_given_up(
     options |= quick
     if not pings:  # the control
         options = {name: value for name, value in options.items() if name not in quick}
-    monkeypatch.setattr(server_module, "server_options", lambda size: list(options.items()))
+    monkeypatch.setattr(server_module, "server_options", lambda *sizes: list(options.items()))
 
     async def main() -> bool:
         service = Endless()  # type: ignore[abstract]

@@ -239,6 +239,32 @@ def test_draining_refuses_new_calls_and_finishes_those_in_flight() -> None:
     run(scenario)
 
 
+def test_a_service_that_drains_says_so_and_serves_until_the_notice_has_passed() -> None:
+    async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
+        closing = asyncio.create_task(runner.close())
+        await _until(lambda: runner.health.is_draining)
+        assert await health(channel, "") == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health(channel, "liveness") == health_pb2.HealthCheckResponse.SERVING
+        assert await compute(channel, 0.5) == "0.5"
+        await closing
+        assert (await failure(compute(channel, 0.5))).code() is grpc.StatusCode.UNAVAILABLE
+
+    run(scenario, drain_notice_seconds=0.5)
+
+
+def test_calls_in_flight_are_counted_until_they_have_an_answer() -> None:
+    port = _free_port()
+
+    async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
+        in_flight = asyncio.create_task(compute(channel, 6))
+        await service.started.wait()
+        assert "tether_echo_calls_in_flight 1.0" in await asyncio.to_thread(_scrape, port)
+        await in_flight
+        assert "tether_echo_calls_in_flight 0.0" in await asyncio.to_thread(_scrape, port)
+
+    run(scenario, metrics_address=f"127.0.0.1:{port}")
+
+
 def test_a_dead_engine_turns_liveness_and_a_recovered_one_turns_it_back() -> None:
     async def scenario(runner: ServiceRunner, service: EchoService, channel: grpc.aio.Channel) -> None:
         service.engine_alive = False

@@ -31,6 +31,7 @@ HELPS = [
     ["score", "--help"],
     ["generate", "--help"],
     ["adapter", "push", "--help"],
+    ["bench", "score", "--help"],
 ]
 LIST_MODULES = """
 import json, sys

@@ -88,6 +88,10 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, int | str]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),  # how long a peer that accepts and then is silent holds an attempt
         ("grpc.max_reconnect_backoff_ms", 1_000),  # so that a service which is back is used again soon
+        (
+            "grpc.dns_min_time_between_resolutions_ms",
+            2_000,
+        ),  # asked only when a connection ends: new replicas are found
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),

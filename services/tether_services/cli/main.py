@@ -13,8 +13,10 @@ from typing import Final, TypeAlias
 import tether
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
+from tether_services.cli.bench_commands import add_bench
 from tether_services.cli.data_commands import add_data
 from tether_services.cli.model_commands import add_model
+from tether_services.cli.token_commands import add_token
 
 SERVICES: Final = ("generator", "reward", "reference", "orchestrator")
 STAGES: Final = ("pretrain", "sft", "reward", "dpo")
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not error.name or error.name.startswith(("tether.", "tether_services")):
             raise
         print(
-            f"error: {error.name} is not installed; pip install 'tether[serve]', [models] or [train]", file=sys.stderr
+            f"error: {error.name} is not installed; pip install 'tether[serve]', [models], [train] or [bench]",
+            file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt as stop:
@@ -71,11 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_adapter(commands)
     add_model(commands)
+    add_token(commands)
     _add_up(commands)
     _add_demo(commands)
     _add_run(commands)
     _add_score(commands)
     _add_generate(commands)
+    add_bench(commands)
     return parser
 
 

@@ -25,6 +25,7 @@ from tether_services.generator.pushes import AdapterPushes
 from tether_services.generator.restoring import restore_versions
 from tether_services.generator.storage import AdapterStorage
 from tether_services.generator.uploads import Uploads
+from tether_services.runtime.callers import charge_tokens
 from tether_services.runtime.checks import check_name, check_range, check_temperature, check_text, check_token_ids
 from tether_services.runtime.history import record
 from tether_services.runtime.server import Fallible, Port
@@ -150,11 +151,13 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
         with self._admission.admit(request.n):
             prompt = await self._read_prompt(request, description)
             check_length(len(prompt), sampling.max_tokens, description.max_model_len, field=form)
+            charge_tokens(len(prompt))
             version = request.policy_version if request.HasField("policy_version") else None
             with self.adapters.lease(run_id=request.run_id, policy_version=version) as policy:
                 remaining = context.time_remaining() or 0.0
                 call = GenerateCall(tuple(prompt), request.n, sampling, policy.adapter, remaining)
                 completions = await self.engine.generate(call)
+            charge_tokens(sum(len(completion.token_ids) for completion in completions))
             self.metrics.observe(prompt_tokens=len(prompt), completions=completions)
             texts = await asyncio.to_thread(self._decode_all, completions)
         return write_response(policy, prompt, completions, texts)

@@ -166,7 +166,7 @@ class LocalDeployment:
             module=f"tether_services.{name}",
             arguments=("--config", str(config)),
             environment=thread_environment(int(settings["threads"])),
-            address=str(settings["address"]),
+            address=str(settings.get("health_address") or settings["address"]),
             log_file=self.log_folder / f"{name}.log",
         )
 
@@ -212,6 +212,7 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
     for name, settings in chosen.items():
         settings |= {"metrics_address": addresses.metrics[name], "drain_seconds": DRAIN_SECONDS}
         settings |= options.settings.get(name, {})
+    _watch_apart(chosen)
     if options.deterministic:
         _separate_calls(chosen)
     # Kept, so that a generator that is started again serves what it did. Below FOLDER: a run may be named "adapters".
@@ -220,6 +221,13 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
     if "models" in chosen["reward"]:  # stands in for engine and model, and is refused beside them
         chosen["reward"] = {key: value for key, value in chosen["reward"].items() if key not in ("engine", "model")}
     return chosen
+
+
+def _watch_apart(chosen: Mapping[str, dict[str, Any]]) -> None:
+    """Give services with transport security a port for health: whoever watches over them has no credentials."""
+    secured = [settings for settings in chosen.values() if "tls" in settings and "health_address" not in settings]
+    for settings, port in zip(secured, free_ports(len(secured)) if secured else (), strict=True):
+        settings["health_address"] = f"127.0.0.1:{port}"
 
 
 def _separate_calls(chosen: Mapping[str, dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from tether_services.reference.engine import EngineDescription, LogprobTask, Ref
 from tether_services.reference.engines import build_engine
 from tether_services.reference.metrics import ReferenceMetrics
 from tether_services.runtime.batching import Batcher
+from tether_services.runtime.callers import charge_tokens
 from tether_services.runtime.checks import check_temperature, check_token_ids
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.server import Port
@@ -79,6 +80,7 @@ class ReferenceService(reference_pb2_grpc.ReferenceServiceServicer):
         """Return the log-probabilities of response tokens under the reference policy."""
         model = self._ready_engine().description
         tasks = read_tasks(request, model, max_items=self._settings.max_items)
+        charge_tokens(sum(task.num_tokens for task in tasks))
         key = (tasks[0].temperature, tasks[0].include_entropies)
         answers = await self._batcher.submit_all(
             [(task, task.num_tokens) for task in tasks], key=key, timeout_seconds=context.time_remaining()

@@ -127,6 +127,8 @@ class RewardSettings(ServerSettings):
     """Precision of the linear layers: as stored, 8 bits or 4 bits (bitsandbytes)."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
+    max_message_bytes: int = Field(default=2 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
+    """Largest request accepted. Small, because strangers may call: a parsed message takes up to 36 times its size."""
     max_items: int = Field(default=64, ge=1, le=1024)
     """Items per call at most."""
     max_text_chars: int = Field(default=100_000, ge=1)

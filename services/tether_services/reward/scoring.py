@@ -17,6 +17,7 @@ from tether_services.reward.metrics import RewardMetrics
 from tether_services.reward.models import Judgement, Refusal
 from tether_services.reward.pool import HeldModel
 from tether_services.runtime.batching import Batcher
+from tether_services.runtime.callers import charge_tokens
 from tether_services.runtime.thread_clock import ThreadClock
 
 __all__ = ["Judged", "Scorer"]
@@ -149,6 +150,7 @@ class Scorer:
     async def _batch(self, held: HeldModel, items: Sequence[Prepared], *, timeout_seconds: float) -> Sequence[Outcome]:
         """Return the outcomes of the items that are not refused, in order."""
         queued = [((held, item), max(1, item.task.num_tokens)) for item in items if isinstance(item, PreparedItem)]
+        charge_tokens(sum(tokens for _, tokens in queued))
         # The version is part of the key: what shares a batch is judged by the model of its first item.
         key = (held.id.name, held.id.version)
         return await self.batcher.submit_all(queued, key=key, timeout_seconds=timeout_seconds)

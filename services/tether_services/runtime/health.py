@@ -33,6 +33,8 @@ class Health:
         self.not_ready_reason: str | None = "starting"
         """Why calls are refused now; None while the service is ready."""
         self._gone = False
+        self.is_draining = False
+        """Whether balancers are told to send no more calls."""
         self._servicer = health.aio.HealthServicer()
 
     async def attach(self, server: grpc.aio.Server) -> None:
@@ -44,18 +46,20 @@ class Health:
         """The engine has answered: serve."""
         self.not_ready_reason = None
         missing = [name for name, there in self._parts.items() if not there]
+        if self.is_draining:
+            missing = list(self.names)
         await self._set(missing, NOT_SERVING)
         await self._set([name for name in (*self.names, LIVENESS) if name not in missing], SERVING)
 
     async def set_part(self, name: str, there: bool) -> None:
         """Say whether a part can be used, at once and whenever the service is ready."""
         self._parts[name] = there
-        if self.not_ready_reason is None:
+        if self.not_ready_reason is None and not self.is_draining:
             await self._set([name], SERVING if there else NOT_SERVING)
 
     async def draining(self) -> None:
-        """Stop taking new calls; liveness stays as it is."""
-        self.not_ready_reason = "draining"
+        """Tell balancers to send no more calls; those that still come are served, and liveness stays as it is."""
+        self.is_draining = True
         await self._set(self.names, NOT_SERVING)
 
     async def engine_failed(self, *, for_good: bool = False) -> None:

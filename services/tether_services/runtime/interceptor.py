@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.runtime.errors import abort
-from tether_services.runtime.limits import CallInfo
+from tether_services.runtime.limits import CallInfo, name_identities
 from tether_services.runtime.pipeline import Pipeline
 
 EXEMPT_PREFIXES = ("/grpc.health.", "/grpc.reflection.")
@@ -52,7 +52,7 @@ def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str, metada
     parse, serialize = handler.request_deserializer, {"response_serializer": handler.response_serializer}
 
     def describe(context: Context) -> CallInfo:
-        return CallInfo(method, metadata, context.time_remaining(), read_identities(context))
+        return CallInfo(method, metadata, context.time_remaining(), read_identities(context), context.peer())
 
     if handler.unary_unary:
         unary = _wrap_unary(handler.unary_unary, pipeline, describe, lambda request: parse_message(parse, request))
@@ -117,7 +117,9 @@ async def _parse_all(parse: Parse, requests: AsyncIterator[bytes]) -> AsyncItera
 
 
 def read_identities(context: Context) -> tuple[str, ...]:
-    """Return the verified names in the caller's certificate, SPIFFE ids before the common name; none without one."""
+    """Return the verified name in the caller's certificate, see `CallInfo.identities`; empty without one."""
     proven = context.auth_context() or {}
-    names = [*proven.get("peer_spiffe_id", ()), *proven.get("x509_common_name", ())]
-    return tuple(name.decode("utf-8", "replace") for name in names)
+    return name_identities(
+        [uri.decode("utf-8", "replace") for uri in proven.get("peer_uri", ())],
+        [name.decode("utf-8", "replace") for name in proven.get("x509_common_name", ())],
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tether.errors import InvalidArgumentError, UnavailableError
 
 NO_DEADLINE_SECONDS = 1e9
 """gRPC reports a missing deadline as None or as a time centuries away; both are above this."""
+
+COMMON_NAME = "CN="
+"""Begins the common name of a certificate among the identities of a call, so that it cannot pass for a SPIFFE id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,24 @@ class CallInfo:
     remaining_seconds: float | None
     """Time to the deadline; None if there is none."""
     identities: tuple[str, ...] = ()
-    """Verified names in the caller's certificate; empty without one."""
+    """Verified names in the caller's certificate: its SPIFFE id, else COMMON_NAME and its common name; else empty."""
+    peer: str = ""
+    """Address of the caller, for the audit log."""
+
+
+def name_identities(uris: Sequence[str], common_names: Sequence[str]) -> tuple[str, ...]:
+    """Return the name that a verified certificate proves, for `CallInfo.identities`.
+
+    Args:
+        uris: The URIs among its alternative names.
+        common_names: Of its subject.
+
+    A SPIFFE id is the only URI of its certificate (SPIFFE X.509-SVID, section 2). Where one stands beside other URIs
+    the certificate is not as it should be and proves nothing, its common name neither.
+    """
+    if any(uri.lower().startswith("spiffe:") for uri in uris):
+        return (uris[0],) if len(uris) == 1 else ()
+    return tuple(f"{COMMON_NAME}{name}" for name in common_names if name)
 
 
 Guard = Callable[[CallInfo], None]

@@ -5,6 +5,7 @@ Families of a service are named `tether_<service>_<noun>_<unit>`. GPU families e
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -48,6 +49,13 @@ def start_metrics_server(address: str, registry: CollectorRegistry) -> int:
     return int(server.server_port)
 
 
+def watch_tasks(service: str, registry: CollectorRegistry) -> None:
+    """Export how many tasks the running event loop has: a number that only grows is a leak."""
+    loop = asyncio.get_running_loop()
+    tasks = Gauge(f"tether_{service}_tasks", "Tasks on the event loop.", registry=registry)
+    tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
+
+
 class RequestMetrics:
     """Requests by method and code, their latency, and how many are in flight."""
 
@@ -65,6 +73,7 @@ class RequestMetrics:
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
+        self.in_flight = Gauge(f"tether_{service}_calls_in_flight", "Calls that have no answer yet.", registry=registry)
         for method in methods:
             self.seconds.labels(method)
             for code in ("OK", *(code.name for code in BY_CODE)):

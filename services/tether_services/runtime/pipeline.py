@@ -72,6 +72,7 @@ class Pipeline:
     def _counted(self, call: CallInfo) -> Iterator[None]:
         started = time.monotonic()
         failure: TetherError | None = None
+        self.metrics.in_flight.inc()
         try:
             yield
         except GeneratorExit:
@@ -86,4 +87,5 @@ class Pipeline:
             failure = as_tether_error(error)
             raise
         finally:
+            self.metrics.in_flight.dec()
             self.metrics.observe(call.method.rsplit("/", 1)[-1], failure, time.monotonic() - started)

@@ -19,21 +19,27 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from tether.errors import InvalidArgumentError
-from tether_services.runtime.auth import check_bind_address
+from tether_services.runtime.access import Access, describe_security, lacking_protections
+from tether_services.runtime.auth import check_bind_address, is_loopback
 from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server
+from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server, watch_tasks
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
 from tether_services.runtime.threads import prepare_process
+from tether_services.runtime.tls import ServerCertificates
 
 log = logging.getLogger(__name__)
 
 DATA_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message accepted: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
+"""Largest message sent: 64 sequences of 8192 tokens with log-probabilities are 3.5 MiB packed."""
+HEALTH_MESSAGE_BYTES = 4096
+"""Largest message accepted on a port that serves health alone."""
+METADATA_BYTES = 16 * 1024
+"""Largest metadata accepted unless the settings say otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,8 @@ class Port:
     """Full names of its services, for health and reflection."""
     register: Callable[[grpc.aio.Server], None]
     """Adds the servicers."""
-    max_message_bytes: int = DATA_MESSAGE_BYTES
-    """Largest message accepted on this port."""
+    max_message_bytes: int | None = None
+    """Largest message accepted on this port; None takes the service's setting."""
 
 
 @runtime_checkable
@@ -101,13 +107,14 @@ class Service(Protocol):
         ...
 
 
-def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def server_options(max_message_bytes: int, max_metadata_bytes: int = METADATA_BYTES) -> list[tuple[str, int]]:
     """Return the channel arguments of a server. gRPC ignores unknown keys, so the tests assert the effect of these."""
     return [
         ("grpc.so_reuseport", 0),  # on by default: a second server would share the port without an error
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", DATA_MESSAGE_BYTES),
-        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_metadata_size", max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", max_metadata_bytes),  # between the two gRPC would refuse at random
         ("grpc.keepalive_time_ms", 20_000),  # a caller that is gone without a word gives its calls up, and their leases
         ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -117,6 +124,11 @@ def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", 30 * 60 * 1000),
         ("grpc.max_connection_age_grace_ms", 10 * 60 * 1000),
     ]
+
+
+def shows_reflection(settings: ServerSettings, address: str) -> bool:
+    """Return whether a port lists its methods: as the setting says, else on loopback only."""
+    return is_loopback(address, field="address") if settings.reflection is None else settings.reflection
 
 
 def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], Service]) -> int:
@@ -132,7 +144,6 @@ def run_service(settings: ServerSettings, build: Callable[[CollectorRegistry], S
     setup_logging(service.name, settings.log_level)
     _use_uvloop()
     try:
-        check_bind_address(settings.metrics_address, insecure=settings.insecure, field="metrics_address")
         return asyncio.run(ServiceRunner(settings, service, registry).run())
     except InvalidArgumentError as error:
         for violation in error.violations or ():
@@ -157,6 +168,7 @@ class ServiceRunner:
         self._servers: list[grpc.aio.Server] = []
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
+        self._file_watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shared_threads = ThreadClock()
         self.health = Health(
@@ -165,6 +177,8 @@ class ServiceRunner:
         )
         self.bound_ports: list[int] = []
         """Port numbers in use, in the order of `Service.ports`."""
+        self.health_port: int | None = None
+        """Port number of `health_address`; None without one."""
 
     async def run(self) -> int:
         """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
@@ -197,18 +211,25 @@ class ServiceRunner:
         """Listen, then load the engine, then report SERVING.
 
         Raises:
-            InvalidArgumentError: An address is refused or taken.
+            InvalidArgumentError: An address is refused or taken, or a file of credentials cannot be used.
         """
+        self._check_address(self._settings.metrics_address, field="metrics_address")
+        access = Access(self._settings, self._service.name, self._registry)
         metrics = RequestMetrics(self._service.name, self._service.methods(), self._registry)
         guards: list[Guard] = [
             readiness_guard(lambda: self.health.not_ready_reason),
             deadline_guard(self._settings.max_deadline_seconds),
         ]
-        chain = Chain(Pipeline(guards, metrics))
+        pipeline = Pipeline(guards, metrics, access.identify, access.hold)
         for port in self._service.ports():
-            self.bound_ports.append(await self._listen(port, chain))
+            self.bound_ports.append(await self._listen(port, Chain(pipeline), access))
+        if self._settings.health_address:
+            self.health_port = await self._listen_for_health()
         metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
-        log_event(log, "listening", ports=self.bound_ports, metrics_port=metrics_port, auth="none")
+        watch_tasks(self._service.name, self._registry)
+        ports = {"ports": self.bound_ports, "health_port": self.health_port, "metrics_port": metrics_port}
+        log_event(log, "listening", level=logging.INFO, **ports, **describe_security(self._settings))
+        self._file_watch = asyncio.create_task(access.watch_files())
         if isinstance(self._service, Fallible):
             self._service.on_failure(self._engine_failed)
         if isinstance(self._service, Parted):
@@ -235,29 +256,67 @@ class ServiceRunner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _listen(self, port: Port, chain: Chain) -> int:
-        check_bind_address(port.address, insecure=self._settings.insecure, field=port.setting)
-        server = grpc.aio.server(interceptors=[chain], options=server_options(port.max_message_bytes))
+    async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
+        self._check_address(port.address, field=port.setting)
+        settings = self._settings
+        size = port.max_message_bytes or settings.max_message_bytes
+        server = grpc.aio.server(interceptors=[chain], options=self._options(size))
         port.register(server)
         await self.health.attach(server)
-        if self._settings.reflection:
+        if shows_reflection(settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
+        return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
+
+    async def _listen_for_health(self) -> int:
+        """Serve health and nothing else; it tells nothing that needs protection, and probes have no credentials."""
+        server = grpc.aio.server(options=server_options(HEALTH_MESSAGE_BYTES))
+        await self.health.attach(server)
+        return await self._begin_serving(server, self._settings.health_address, field="health_address")
+
+    async def _begin_serving(
+        self, server: grpc.aio.Server, address: str, *, field: str, certificates: ServerCertificates | None = None
+    ) -> int:
+        is_loopback(address, field=field)  # refuses a malformed one
         try:
-            number = server.add_insecure_port(port.address)
+            if certificates is None:
+                number = server.add_insecure_port(address)
+            else:
+                number = server.add_secure_port(address, certificates.grpc_credentials())
         except RuntimeError as error:
             raise InvalidArgumentError(
-                f"Cannot listen on {port.address}: it is taken or not an address of this machine.", field=port.setting
+                f"Cannot listen on {address}: it is taken or not an address of this machine.", field=field
             ) from error
         await server.start()
         self._servers.append(server)
         return number
 
+    def _options(self, max_message_bytes: int) -> list[tuple[str, int]]:
+        settings = self._settings
+        age = {"grpc.max_connection_age_ms": int(1000 * settings.max_connection_age_seconds)}
+        return list((dict(server_options(max_message_bytes, settings.max_metadata_bytes)) | age).items())
+
+    def _check_address(self, address: str, *, field: str) -> None:
+        lacking = lacking_protections(self._settings)
+        insecure = self._settings.insecure
+        check_bind_address(address, insecure=insecure, field=field, lacking=lacking)
+        if lacking and not is_loopback(address, field=field):
+            log_event(
+                log,
+                "INSECURE: other machines can reach this address",
+                level=logging.WARNING,
+                setting=field,
+                address=address,
+                lacking=lacking,
+            )
+
     async def close(self) -> None:
-        """Drain: not ready, calls in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining")
+        """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
+        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
         await self.health.draining()
-        if self._watch is not None:
-            self._watch.cancel()
+        await asyncio.sleep(self._settings.drain_notice_seconds)
+        for watch in (self._watch, self._file_watch):
+            if watch is not None:
+                watch.cancel()
         await asyncio.gather(*(server.stop(self._settings.drain_seconds) for server in self._servers))
         await self._service.close()
         log_event(log, "stopped")

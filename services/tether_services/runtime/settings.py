@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tether.errors import FieldViolation, InvalidArgumentError
+from tether_services.runtime.callers import Caller, Lane
+from tether_services.runtime.checks import NAME_PATTERN
+from tether_services.runtime.scopes import SCOPES
 
 CONFIG_ERROR_EXIT_CODE = 42
 """Exit status for a bad configuration: a supervisor must not restart such a process."""
@@ -32,6 +35,67 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class CallerSettings(Settings):
+    """A caller, and what it may use. Tokens and identities of one name are one caller and share its limits."""
+
+    name: str = Field(pattern=NAME_PATTERN.pattern)
+    """Name of the caller in logs and metrics."""
+    scopes: frozenset[str] = Field(min_length=1)
+    """Groups of methods that it may call; docs/security.md lists them."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """Its share of the engine beside other callers that wait, relative to theirs."""
+    lane: Lane = "shared"
+    """`training` has a reserved share of the engine and of the places for calls; for training runs."""
+    requests_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    """Calls it may begin, averaged, with a burst of one second's worth; unset: no limit."""
+    tokens_per_second: float | None = Field(default=None, gt=0, le=1e9)
+    """Tokens it may have computed, averaged, with a burst of one second's worth; unset: no limit."""
+    max_concurrency: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Calls it may have in flight; unset: no limit."""
+
+    @field_validator("scopes")
+    @classmethod
+    def _check_scopes(cls, scopes: frozenset[str]) -> frozenset[str]:
+        unknown = sorted(scopes - set(SCOPES))
+        if unknown:
+            raise ValueError(f"there is no scope {unknown[0]!r}; there are {', '.join(SCOPES)}")
+        return scopes
+
+    def caller(self) -> Caller:
+        """Return the caller as the pipeline knows it."""
+        return Caller(self.name, self.scopes, *self.limits())
+
+    def limits(self) -> tuple[float, Lane, float | None, float | None, int | None]:
+        """Return what all tokens and identities of one name must agree on."""
+        return (self.weight, self.lane, self.requests_per_second, self.tokens_per_second, self.max_concurrency)
+
+
+class IdentitySettings(CallerSettings):
+    """A caller that proves itself by the certificate it shows."""
+
+    spiffe: str = Field(default="", pattern=r"^(spiffe://[a-z0-9._-]+/[A-Za-z0-9._/-]*)?$")
+    """SPIFFE id of the certificate, for example spiffe://prod/trainer; one that ends in / stands for all below it."""
+    common_name: str = Field(default="", max_length=64)
+    """Common name of a certificate without a SPIFFE id."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> IdentitySettings:
+        if bool(self.spiffe) == bool(self.common_name):
+            raise ValueError("give exactly one of spiffe and common_name")
+        return self
+
+
+class TlsSettings(Settings):
+    """Transport security. The files are read again whenever they change."""
+
+    certificate_file: Path
+    """PEM file with the certificate of the service and those between it and the root."""
+    key_file: Path
+    """PEM file with its private key, without a pass phrase."""
+    client_ca_file: Path | None = None
+    """PEM file with the roots of the callers' certificates. Set: every caller must show one (mutual TLS)."""
+
+
 class ServerSettings(Settings):
     """What the settings of all four services share."""
 
@@ -39,20 +103,68 @@ class ServerSettings(Settings):
     """host:port to serve on; port 0 takes a free one and logs it."""
     metrics_address: str = "127.0.0.1:0"
     """host:port of the Prometheus endpoint; port 0 takes a free one and logs it."""
+    health_address: str = ""
+    """host:port without transport security that answers grpc.health.v1 and nothing else, for probes; empty: none."""
     insecure: bool = False
-    """Allow an address other than loopback without transport security. Only on a network that you trust."""
-    reflection: bool = True
-    """Serve gRPC reflection, so that generic tools can list the methods."""
+    """Allow an address other than loopback without authentication and transport security. Only on a network that you
+    trust."""
+    tokens_file: Path | None = None
+    """File of `tether token`: callers must send one of its tokens, or show a certificate of `identities`. Read again
+    within a second of a change. Unset, and no identities: everybody may call."""
+    token_leeway_seconds: float = Field(default=60.0, ge=0, le=3600)
+    """A token is accepted for this long after it has expired, because clocks differ."""
+    identities: tuple[IdentitySettings, ...] = Field(default=(), max_length=1000)
+    """Callers by their certificates; needs tls.client_ca_file."""
+    tls: TlsSettings | None = None
+    """Transport security of all ports but those of metrics and health; unset: none."""
+    max_calls: int = Field(default=1024, ge=1, le=1_000_000)
+    """Calls in flight at most, on all ports together; more are refused before any work."""
+    reserved_calls: int = Field(default=128, ge=0, le=1_000_000)
+    """Of max_calls, those that only callers of the training lane may take."""
+    max_message_bytes: int = Field(default=8 * 1024 * 1024, ge=1024, le=256 * 1024 * 1024)
+    """Largest request accepted on the data port."""
+    max_metadata_bytes: int = Field(default=16 * 1024, ge=1024, le=1024 * 1024)
+    """Largest metadata of a call accepted, its token included."""
+    reflection: bool | None = None
+    """Serve gRPC reflection, so that generic tools can list the methods; unset: on loopback addresses only."""
     max_deadline_seconds: float = Field(default=600.0, gt=0, le=86400)
     """Calls must carry a deadline of at most this."""
     drain_seconds: float = Field(default=30.0, ge=0, le=3600)
     """After SIGTERM, calls in flight get this long to finish."""
+    drain_notice_seconds: float = Field(default=0.0, ge=0, le=3600)
+    """Before that, readiness fails for this long while calls are still taken, so that balancers notice in time."""
+    max_connection_age_seconds: float = Field(default=1800.0, gt=0, le=86400)
+    """A connection is closed, without loss, at about this age: clients then look for new replicas."""
     liveness_seconds: float = Field(default=5.0, gt=0, le=3600)
     """The engine answers a tiny request this often, or is seen to compute, within this time, or liveness fails."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads for tensor work."""
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     """Least severe log level that is written."""
+
+    @model_validator(mode="after")
+    def _check_security(self) -> ServerSettings:
+        """Refuse settings that would be ignored or that nobody could call with."""
+        mutual = self.tls is not None and self.tls.client_ca_file is not None
+        if self.identities and not mutual:
+            raise ValueError("identities would be ignored without tls.client_ca_file: set it, or remove them")
+        if mutual and not self.identities and self.tokens_file is None:
+            raise ValueError("tls.client_ca_file alone lets nobody call: add identities or tokens_file")
+        if self.reserved_calls >= self.max_calls:
+            raise ValueError("reserved_calls must be below max_calls, or only the training lane could call")
+        check_one_caller_per_name(self.identities, field="identities")
+        return self
+
+
+def check_one_caller_per_name(callers: Sequence[CallerSettings], *, field: str) -> None:
+    """Refuse two entries of one name whose limits differ: which of them would hold could not be told."""
+    first: dict[str, CallerSettings] = {}
+    for index, caller in enumerate(callers):
+        if first.setdefault(caller.name, caller).limits() != caller.limits():
+            raise ValueError(
+                f"{field}[{index}] and another entry are named {caller.name!r} and differ in weight, lane or limits:"
+                " one name is one caller"
+            )
 
 
 def load_settings(
