@@ -10,7 +10,7 @@ RELIABILITY_FLAGS ?=
 SOAK_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test reliability soak demo bench check format protos up clean
+.PHONY: help install test reliability soak demo bench check format protos documents up clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,12 +42,13 @@ bench: install ## the benchmark tables, about an hour on two cores
 	$(BIN)/python benchmarks/learning.py frontier
 	$(BIN)/python benchmarks/learning.py ptx
 
-check: install ## format, lint, types, import contracts, protos
+check: install ## format, lint, types, import contracts, protos, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	./scripts/check_protos.sh
+	./scripts/check_documents.sh
 
 format: install ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
@@ -55,6 +56,9 @@ format: install ## rewrite the sources in the project's format
 
 protos: ## regenerate clients/python/tether/v1 from protos/
 	PYTHON="$(PYTHON)" ./scripts/generate_protos.sh
+
+documents: install ## regenerate docs/errors.md and the OpenAPI documents
+	./scripts/generate_documents.sh
 
 clean: ## remove the environments, never runs/
 	rm -rf $(VENV) .venv-protoc .venv-trl

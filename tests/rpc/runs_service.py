@@ -59,13 +59,13 @@ async def serving_runs(**settings: Any) -> AsyncIterator[Served]:
         yield served
 
 
-async def who_am_i(channel: grpc.aio.Channel, *, metadata: Any = (), timeout: float = 5.0) -> str:
+async def who_am_i(channel: grpc.aio.Channel, *, metadata: Any = (), timeout: float = 20.0) -> str:
     """Return the name under which the service knows the caller."""
     stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
     return str((await stub.GetRun(pb.GetRunRequest(), timeout=timeout, metadata=metadata)).run.run_id)
 
 
-async def watch(channel: grpc.aio.Channel, *, metadata: Any = (), timeout: float = 5.0) -> int:
+async def watch(channel: grpc.aio.Channel, *, metadata: Any = (), timeout: float = 20.0) -> int:
     """Return how many events a stream brings."""
     stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
     return len([event async for event in stub.WatchRun(pb.WatchRunRequest(), timeout=timeout, metadata=metadata)])

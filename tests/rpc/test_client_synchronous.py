@@ -13,7 +13,16 @@ import pytest
 
 from tests.rpc.scripted_server import serving_in_thread
 from tests.rpc.test_client_calls import ScriptedReward, answer
-from tether import Client, InvalidArgumentError, NotFoundError, RewardClient, ScoreItem, TetherError, UnavailableError
+from tether import (
+    Client,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    RewardClient,
+    ScoreItem,
+    TetherError,
+    UnavailableError,
+)
 from tether.v1 import reward_pb2
 
 
@@ -73,7 +82,7 @@ def test_closing_ends_the_thread_and_later_calls_say_so() -> None:
     client.close()
     client.close()
     assert threading.active_count() == before
-    with pytest.raises(InvalidArgumentError, match="CLIENT_CLOSED"):
+    with pytest.raises(FailedPreconditionError, match="CLIENT_CLOSED"):
         client.score("a", "b")
 
 

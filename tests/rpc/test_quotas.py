@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,23 @@ async def serve_reward(stack: AsyncExitStack, path: Path, **changes: Any) -> tup
 
 def test_requests_beyond_the_quota_are_told_when_to_call_again(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
-    token = add_token(path, requests_per_second=2.0)
+    token = add_token(path, requests_per_second=1.0)
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
             served, stub = await serve_reward(stack, path)
             options: dict[str, Any] = {"timeout": 5, "metadata": bearing(token)}
-            for _ in range(2):
-                await stub.Score(score_request(), **options)
+            async with asyncio.timeout(20):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    while True:
+                        await stub.Score(score_request(), **options)
             refused = await refusal(stub.Score(score_request(), **options))
             assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_REQUESTS")
-            assert refused.retry_after_seconds is not None and 0 < refused.retry_after_seconds <= 0.5
+            assert refused.retry_after_seconds is not None and 0 < refused.retry_after_seconds <= 1
             await asyncio.sleep(refused.retry_after_seconds)
             await stub.Score(score_request(), **options)
             labels = {"caller": "team-a", "reason": "QUOTA_REQUESTS"}
-            assert served.value("tether_reward_refused_calls_total", **labels) == 1
+            assert served.value("tether_reward_refused_calls_total", **labels) == 2
 
     run(scenario())
 
@@ -82,7 +85,7 @@ def test_an_overdrawn_caller_is_refused_before_anything_is_read_or_tokenised(
             assert spent > 100 and served.value("tether_reward_caller_tokens_total", caller="team-a") == spent
             refused = await refusal(stub.Score(score_request(), timeout=5, metadata=bearing(token)))
             assert refused.reason == "QUOTA_TOKENS" and refused.retry_after_seconds is not None
-            assert refused.retry_after_seconds == pytest.approx((spent - 50) / 50, abs=1.0)
+            assert 0 < refused.retry_after_seconds <= (spent - 50) / 50
             assert prepared == [16]
             await stub.Score(score_request(), timeout=5, metadata=bearing(other))
 

@@ -25,7 +25,6 @@ from tether_services.runtime.reloading import Reloaded
 
 EXPIRY: Final = "tether_tls_certificate_expiry_timestamp_seconds"
 IDENTITY: Final = {"name": "trainer", "scopes": ["run.read"], "spiffe": "spiffe://prod/trainer"}
-SHORT: Final = {"options": [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]}
 
 
 def service_pair(kind: str) -> Pair:
@@ -187,15 +186,16 @@ def test_a_service_that_never_looks_at_its_files_again_shows_the_expired_one(
 def test_certificates_are_rotated_under_load_and_no_call_fails(tmp_path: Path) -> None:
     """Every 0.5 s a new pair, each file on its own; calls on one old channel and on a new one each time."""
     files = tls_files(tmp_path)
-    certificates: set[str] = set()
 
-    async def rotating(stop: asyncio.Event) -> None:
+    async def rotating(served: Served, stop: asyncio.Event) -> None:
         for _ in range(8):
-            pair = authority().sign()
+            pair, half_a_second = authority().sign(), asyncio.create_task(asyncio.sleep(0.5))
             (tmp_path / "service.pem").write_bytes(pair.chain)  # in place, so that halves can be seen as well
             await asyncio.sleep(0.01)
             (tmp_path / "service.key").write_bytes(pair.key)
-            await asyncio.sleep(0.5)
+            while await shown(served.target) != pair.chain.decode():
+                await asyncio.sleep(0.01)
+            await half_a_second
         stop.set()
 
     async def calling(served: Served, stop: asyncio.Event) -> int:
@@ -215,11 +215,6 @@ def test_certificates_are_rotated_under_load_and_no_call_fails(tmp_path: Path) -
             count += 1
         return count
 
-    async def looking(served: Served, stop: asyncio.Event) -> None:
-        while not stop.is_set():
-            certificates.add(await shown(served.target))
-            await asyncio.sleep(0.1)
-
     async def scenario() -> list[int]:
         stop = asyncio.Event()
         async with (
@@ -227,12 +222,10 @@ def test_certificates_are_rotated_under_load_and_no_call_fails(tmp_path: Path) -
             grpc.aio.secure_channel(served.target, trusting()) as channel,
         ):
             counts = asyncio.gather(*(calling(served, stop) for _ in range(3)), calling_on(channel, stop))
-            await asyncio.gather(rotating(stop), looking(served, stop))
+            await rotating(served, stop)
             return await counts
 
-    counts = run(scenario())
-    assert len(certificates) >= 8, "the rotation was not seen"
-    assert min(counts) >= 20
+    assert min(run(scenario())) >= 10
 
 
 def test_an_invalid_certificate_shuts_new_connections_out_and_leaves_old_ones_alone(tmp_path: Path) -> None:

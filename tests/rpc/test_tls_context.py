@@ -19,14 +19,16 @@ from tests.rpc.serving import run
 from tether.errors import InvalidArgumentError
 from tether_services.runtime.limits import name_identities
 from tether_services.runtime.settings import TlsSettings
-from tether_services.runtime.tls import ServerCertificates, read_expiry
+from tether_services.runtime.tls import ServerCertificates, identities_of, read_expiry
 
 
 @asynccontextmanager
-async def serving_bytes(context: ssl.SSLContext) -> AsyncIterator[int]:
-    """Serve the letter x to whoever connects, and yield the port."""
+async def serving_bytes(context: ssl.SSLContext, names: list[tuple[str, ...]] | None = None) -> AsyncIterator[int]:
+    """Serve the letter x to whoever connects, note who that is in `names`, and yield the port."""
+    names = [] if names is None else names
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        names.append(identities_of(writer.get_extra_info("peercert")))
         writer.write(b"x")
         await writer.drain()
         writer.close()
@@ -92,6 +94,22 @@ def test_a_context_asks_for_certificates_of_the_roots_of_the_moment(tmp_path: Pa
             return ["CERTIFICATE" in outcome for outcome in seen]
 
     assert run(scenario()) == [False, False, True, False, True, False]
+
+
+def test_a_context_tells_who_is_behind_a_certificate(tmp_path: Path) -> None:
+    names: list[tuple[str, ...]] = []
+    uris = ["spiffe://prod/trainer"]
+    pairs = [authority().sign("laptop"), authority().sign("x", uris=uris), authority().sign("x", uris=uris * 2)]
+
+    async def scenario() -> None:
+        context = certificates(tmp_path, client_root=authority().root).server_context()
+        async with serving_bytes(context, names) as port:
+            for pair in pairs:
+                await connect(port, tmp_path, pair)
+
+    run(scenario())
+    assert names == [("CN=laptop",), ("spiffe://prod/trainer",), ()]
+    assert identities_of(None) == identities_of({}) == ()
 
 
 @pytest.mark.parametrize("days", [-1, 1, 400, 365 * 30])

@@ -12,10 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.rpc.token_inputs import add_token
 from tether.errors import InvalidArgumentError, UnauthenticatedError
 from tether_services.cli.main import main
+from tether_services.runtime.access import read_bearer_token
 from tether_services.runtime.bearer_tokens import (
     TOKEN_PATTERN,
     TokenRecord,
@@ -91,6 +94,16 @@ def test_a_clock_that_is_a_day_behind_accepts_a_new_token() -> None:
     assert verifier(record).verify(token, now=NOW - timedelta(days=1)) is record
 
 
+@settings(max_examples=50)
+@given(st.one_of(st.text(), st.binary(), st.from_regex(TOKEN_PATTERN)))
+def test_whatever_is_sent_is_nobody(sent: str | bytes) -> None:
+    value = "Bearer " + sent if isinstance(sent, str) else b"Bearer " + sent
+    token = read_bearer_token([("authorization", value)])
+    _, record = new_token(CALLER, now=NOW, lifetime=None)
+    with pytest.raises(UnauthenticatedError):
+        verifier(record).verify(token or "", now=NOW)
+
+
 def test_the_file_is_for_its_owner_alone_and_reads_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     token, record = new_token(CALLER, now=NOW, lifetime=timedelta(days=1))
@@ -144,8 +157,9 @@ def test_two_tokens_of_one_name_with_other_limits_are_refused(tmp_path: Path) ->
     path = tmp_path / "tokens.toml"
     add_token(path, requests_per_second=1.0)
     add_token(path, requests_per_second=1.0, scopes=["run.read"])
-    with pytest.raises(ValueError, match="one name is one caller"):
+    with pytest.raises(InvalidArgumentError) as caught:
         add_token(path, requests_per_second=2.0)
+    assert "one name is one caller" in caught.value.violations[0].description
     add_token(path, name="other", requests_per_second=2.0)
 
 

@@ -12,8 +12,12 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.rpc.certificates import tls_files
+from tests.rpc.token_inputs import add_token
 from tether_services.generator.metrics import GeneratorMetrics
 from tether_services.orchestrator.metrics import OrchestratorMetrics
+from tether_services.runtime.access import Access
+from tether_services.runtime.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy/prometheus"
@@ -32,10 +36,13 @@ def promtool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PROMTOOL, *words], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
-def exported() -> str:
-    registries = CollectorRegistry(), CollectorRegistry()
+def exported(folder: Path) -> str:
+    registries = CollectorRegistry(), CollectorRegistry(), CollectorRegistry()
     OrchestratorMetrics(registries[0])
     GeneratorMetrics(registries[1], queue_limit=1)
+    add_token(folder / "tokens.toml")
+    given = {"tls": tls_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
+    Access(ServerSettings.model_validate(given), "reward", registries[2])
     return "".join(generate_latest(registry).decode() for registry in registries)
 
 
@@ -46,8 +53,8 @@ def test_prometheus_loads_the_alerts_and_the_compose_file_mounts_them() -> None:
     assert "./deploy/prometheus/alerts.yml:/etc/prometheus/alerts.yml:ro" in volumes
 
 
-def test_every_metric_and_label_value_of_an_alert_exists_from_the_start() -> None:
-    text = exported()
+def test_every_metric_and_label_value_of_an_alert_exists_from_the_start(tmp_path: Path) -> None:
+    text = exported(tmp_path)
     for rule in rules():
         for name, labels in re.findall(r"(tether_\w+)(?:\{([^}]*)\})?", rule["expr"]):
             assert f"\n{name}" in text, f"{rule['alert']}: {name} is not exported"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import tether.v1
 from tether_services.runtime.callers import ANONYMOUS, current_caller
@@ -35,3 +37,20 @@ def test_whoever_has_the_scope_of_scoring_can_change_nothing() -> None:
 def test_outside_a_call_everybody_is_anonymous_and_may_do_everything() -> None:
     assert current_caller() is ANONYMOUS
     assert ANONYMOUS.scopes == set(SCOPES)
+
+
+def test_the_table_of_scopes_in_the_docs_is_the_one_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    documented: dict[str, str] = {}
+    for scope, service, methods in re.findall(r"^\| `([a-z.]+)` \| `(\w+)`: ([\w, ]+) \|$", text, re.MULTILINE):
+        documented |= {f"/tether.v1.{service}/{method}": scope for method in methods.split(", ")}
+    assert documented == METHOD_SCOPES
+
+
+def test_every_reason_of_a_refusal_is_in_the_docs() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/security.md").read_text()
+    runtime = root / "services/tether_services/runtime"
+    code = "".join((runtime / f"{name}.py").read_text() for name in ("access", "bearer_tokens", "quotas"))
+    reasons = set(re.findall(r'"((?:TOKEN|CERTIFICATE|SCOPE|QUOTA|TOO)_[A-Z_]+)"', code))
+    assert len(reasons) == 10 and {reason for reason in reasons if f"`{reason}`" not in text} == set()

@@ -164,7 +164,7 @@ class Client:
         with self._closing:
             if self._is_closed:
                 work.close()
-                raise InvalidArgumentError("This client is closed.", reason="CLIENT_CLOSED")
+                raise FailedPreconditionError("This client is closed.", reason="CLIENT_CLOSED")
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -15,6 +15,7 @@ from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
 from tether_services.cli.bench_commands import add_bench
 from tether_services.cli.data_commands import add_data
+from tether_services.cli.error_commands import add_errors
 from tether_services.cli.model_commands import add_model
 from tether_services.cli.token_commands import add_token
 
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_generate(commands)
     add_bench(commands)
+    add_errors(commands)
     return parser
 
 

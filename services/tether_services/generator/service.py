@@ -89,6 +89,7 @@ class GeneratorService(generator_pb2_grpc.GeneratorServiceServicer):
                 self._settings.address,
                 [GENERATOR_NAME],
                 lambda server: generator_pb2_grpc.add_GeneratorServiceServicer_to_server(self, server),
+                self._settings.max_message_bytes,
             ),
             Port(
                 "admin_address",

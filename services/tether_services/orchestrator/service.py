@@ -64,7 +64,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         def register(server: grpc.aio.Server) -> None:
             orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(self, server)
 
-        return [Port("address", self._settings.address, [SERVICE_NAME], register)]
+        return [Port("address", self._settings.address, [SERVICE_NAME], register, self._settings.max_message_bytes)]
 
     def methods(self) -> Sequence[str]:
         """Return the names of the methods."""

@@ -43,7 +43,9 @@ class ReferenceService(reference_pb2_grpc.ReferenceServiceServicer):
 
     def ports(self) -> Sequence[Port]:
         """Return the data port."""
-        return [Port("address", self._settings.address, [SERVICE_NAME], self._register)]
+        return [
+            Port("address", self._settings.address, [SERVICE_NAME], self._register, self._settings.max_message_bytes)
+        ]
 
     def methods(self) -> Sequence[str]:
         """Return the names of the RPCs."""

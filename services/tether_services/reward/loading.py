@@ -122,7 +122,6 @@ async def warm_up(model: RewardModel, *, field: str) -> None:
                 raise InvalidArgumentError(
                     f"{component.name} of {model.name} gives a value that is not a finite number.",
                     field=field,
-                    reason="NON_FINITE_SCORE",
                 )
 
 
@@ -144,5 +143,6 @@ def _as_precondition(find: Callable[[ModelId], ModelSettings], wanted: ModelId) 
 
 def _cannot_serve(error: InvalidArgumentError) -> FailedPreconditionError:
     described = "; ".join(dict.fromkeys([error.message, *(v.description for v in error.violations)]))
-    reason = error.reason if error.reason == "NON_FINITE_SCORE" else "LOAD_FAILED"
-    return FailedPreconditionError(f"The version cannot serve: {described}", field="version", reason=reason)
+    return FailedPreconditionError(
+        f"The version cannot serve: {described}", field="version", reason="MODEL_LOAD_FAILED"
+    )

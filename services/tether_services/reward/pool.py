@@ -149,12 +149,12 @@ class ModelPool:
         """Keep a place for a version that is being loaded.
 
         Raises:
-            FailedPreconditionError: DRAINING: it is still being unloaded.
+            FailedPreconditionError: UNLOADING: it is still being unloaded.
             ResourceExhaustedError: Another one is being loaded, or there are too many.
         """
         if wanted in self._held:
             raise FailedPreconditionError(
-                f"{wanted} is still being unloaded; load it again when it is gone.", field="version", reason="DRAINING"
+                f"{wanted} is still being unloaded; load it again when it is gone.", field="version", reason="UNLOADING"
             )
         if self.loading is not None:
             raise ResourceExhaustedError(

@@ -54,6 +54,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
                 self._settings.address,
                 [SERVICE_NAME],
                 lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(self, server),
+                self._settings.max_message_bytes,
             ),
             Port(
                 "admin_address",

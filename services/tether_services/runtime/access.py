@@ -10,7 +10,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from tether.errors import PermissionDeniedError, TetherError, UnauthenticatedError
+from tether.errors import InvalidArgumentError, PermissionDeniedError, TetherError, UnauthenticatedError
 from tether_services.runtime.auth import PROTECTIONS
 from tether_services.runtime.bearer_tokens import TokenVerifier, read_tokens, utc_now
 from tether_services.runtime.callers import ANONYMOUS, Caller
@@ -19,7 +19,12 @@ from tether_services.runtime.quotas import Quotas
 from tether_services.runtime.refusals import CallerLabels, Refusals
 from tether_services.runtime.reloading import Reloaded
 from tether_services.runtime.scopes import METHOD_SCOPES
-from tether_services.runtime.settings import IdentitySettings, ServerSettings
+from tether_services.runtime.settings import (
+    CallerSettings,
+    IdentitySettings,
+    ServerSettings,
+    check_one_caller_per_name,
+)
 from tether_services.runtime.tls import ServerCertificates
 
 RELOAD_SECONDS: Final = 1.0
@@ -136,10 +141,23 @@ def _watch_tokens(settings: ServerSettings, stale: Gauge) -> Reloaded[TokenVerif
         return None
 
     def load() -> TokenVerifier:
-        tokens = {token.id: token for token in read_tokens(path).tokens}
-        return TokenVerifier(tokens, timedelta(seconds=settings.token_leeway_seconds))
+        tokens = read_tokens(path).tokens
+        check_callers([*settings.identities, *(token for token in tokens if token.revoked is None)])
+        return TokenVerifier({token.id: token for token in tokens}, timedelta(seconds=settings.token_leeway_seconds))
 
     return Reloaded("tokens", [path], load, stale=stale)
+
+
+def check_callers(callers: Sequence[CallerSettings]) -> None:
+    """Refuse a token and an identity of one name whose limits differ.
+
+    Raises:
+        InvalidArgumentError: Names the caller.
+    """
+    try:
+        check_one_caller_per_name(callers, field="identities and tokens")
+    except ValueError as error:
+        raise InvalidArgumentError(f"{error}.", field="tokens_file", reason="INVALID_CONFIG") from error
 
 
 def is_authenticated(settings: ServerSettings) -> bool:

@@ -150,7 +150,7 @@ def changing_tokens(path: Path) -> Iterator[list[TokenRecord]]:
     A missing file is an empty one. Other processes that change it wait; those that read it never do.
 
     Raises:
-        InvalidArgumentError: The file is none, or the folder is not there.
+        InvalidArgumentError: The file is none or would be none afterwards, or the folder is not there.
         TetherError: The disk is full or read-only.
     """
     try:
@@ -158,7 +158,8 @@ def changing_tokens(path: Path) -> Iterator[list[TokenRecord]]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             tokens = list(read_tokens(path, field="--file").tokens) if path.exists() else []
             yield tokens
-            write_text(path, _format(TokenFile(version=1, tokens=tuple(tokens))))  # a temporary file, hence mode 0600
+            content = validate(TokenFile, {"version": 1, "tokens": tokens})
+            write_text(path, _format(content))  # a temporary file, hence mode 0600
     except OSError as error:
         raise _as_error(error, path) from error
 

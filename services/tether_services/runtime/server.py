@@ -54,8 +54,8 @@ class Port:
     """Full names of its services, for health and reflection."""
     register: Callable[[grpc.aio.Server], None]
     """Adds the servicers."""
-    max_message_bytes: int | None = None
-    """Largest message accepted on this port; None takes the service's setting."""
+    max_message_bytes: int = DATA_MESSAGE_BYTES
+    """Largest message accepted on this port."""
 
 
 @runtime_checkable
@@ -258,12 +258,10 @@ class ServiceRunner:
 
     async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
         self._check_address(port.address, field=port.setting)
-        settings = self._settings
-        size = port.max_message_bytes or settings.max_message_bytes
-        server = grpc.aio.server(interceptors=[chain], options=self._options(size))
+        server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
-        if shows_reflection(settings, port.address):
+        if shows_reflection(self._settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
         return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
 
@@ -290,10 +288,10 @@ class ServiceRunner:
         self._servers.append(server)
         return number
 
-    def _options(self, max_message_bytes: int) -> list[tuple[str, int]]:
-        settings = self._settings
-        age = {"grpc.max_connection_age_ms": int(1000 * settings.max_connection_age_seconds)}
-        return list((dict(server_options(max_message_bytes, settings.max_metadata_bytes)) | age).items())
+    def _options(self, port: Port) -> list[tuple[str, int]]:
+        age = {"grpc.max_connection_age_ms": int(1000 * self._settings.max_connection_age_seconds)}
+        given = server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
+        return list((dict(given) | age).items())
 
     def _check_address(self, address: str, *, field: str) -> None:
         lacking = lacking_protections(self._settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Gauge
 
 from tether.errors import InvalidArgumentError
+from tether_services.runtime.limits import name_identities
 from tether_services.runtime.logging import log_event
 from tether_services.runtime.reloading import Reloaded
 from tether_services.runtime.settings import TlsSettings
@@ -99,6 +100,18 @@ class ServerCertificates:
             message = "callers will refuse it; put a valid one in its place, which needs no restart"
             log_event(log, "the certificate of the service has expired", level=logging.ERROR, action=message)
         return certificates
+
+
+def identities_of(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the name that a caller's certificate proves, for `CallInfo.identities`.
+
+    Args:
+        certificate: What `getpeercert()` of a connection of `server_context` returns; empty or None without one.
+    """
+    given = certificate or {}
+    uris = [value for kind, value in given.get("subjectAltName", ()) if kind == "URI"]
+    attributes = [attribute for part in given.get("subject", ()) for attribute in part]
+    return name_identities(uris, [value for kind, value in attributes if kind == "commonName"])
 
 
 def load_certificates(settings: TlsSettings) -> Certificates:

@@ -82,7 +82,7 @@ class RewardModelServiceServicer(object):
 
         Other models serve meanwhile; a load that fails changes nothing. The first version of a name becomes the default one of
         that name. A version that is loaded already is returned as it is. NOT_FOUND if the store has no such version;
-        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, LOAD_FAILED, WRONG_SHA256, DRAINING); RESOURCE_EXHAUSTED
+        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, MODEL_LOAD_FAILED, WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED
         while another load is in progress (LOAD_IN_PROGRESS) or max_models are held (TOO_MANY_MODELS). Goes on if the caller leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
