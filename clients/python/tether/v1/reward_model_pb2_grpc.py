@@ -82,8 +82,9 @@ class RewardModelServiceServicer(object):
 
         Other models serve meanwhile; a load that fails changes nothing. The first version of a name becomes the default one of
         that name. A version that is loaded already is returned as it is. NOT_FOUND if the store has no such version;
-        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, MODEL_LOAD_FAILED, WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED
-        while another load is in progress (LOAD_IN_PROGRESS) or max_models are held (TOO_MANY_MODELS). Goes on if the caller leaves.
+        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, OUTSIDE_STORE, RULE_NOT_ALLOWED, MODEL_LOAD_FAILED,
+        WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED while another load is in progress (LOAD_IN_PROGRESS) or max_models are held
+        (TOO_MANY_MODELS). Goes on if the caller leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +113,8 @@ class RewardModelServiceServicer(object):
     def SetShadow(self, request, context):
         """Has a candidate score a share of the calls to a base version, after their answers, and compares. Replaces the last shadow.
 
-        Callers are neither delayed nor failed by it: it is dropped where the service is busy. NOT_FOUND if a version is not loaded.
+        It fails no caller and takes its turns behind them: it is dropped where the service is busy. NOT_FOUND if a version is not
+        loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

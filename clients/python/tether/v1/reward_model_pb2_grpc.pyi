@@ -189,8 +189,9 @@ class RewardModelServiceStub(typing.Generic[_RewardModelServiceLoadRewardModelTy
 
     Other models serve meanwhile; a load that fails changes nothing. The first version of a name becomes the default one of
     that name. A version that is loaded already is returned as it is. NOT_FOUND if the store has no such version;
-    FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, MODEL_LOAD_FAILED, WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED
-    while another load is in progress (LOAD_IN_PROGRESS) or max_models are held (TOO_MANY_MODELS). Goes on if the caller leaves.
+    FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, OUTSIDE_STORE, RULE_NOT_ALLOWED, MODEL_LOAD_FAILED,
+    WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED while another load is in progress (LOAD_IN_PROGRESS) or max_models are held
+    (TOO_MANY_MODELS). Goes on if the caller leaves.
     """
 
     UnloadRewardModel: _RewardModelServiceUnloadRewardModelType
@@ -210,7 +211,8 @@ class RewardModelServiceStub(typing.Generic[_RewardModelServiceLoadRewardModelTy
     SetShadow: _RewardModelServiceSetShadowType
     """Has a candidate score a share of the calls to a base version, after their answers, and compares. Replaces the last shadow.
 
-    Callers are neither delayed nor failed by it: it is dropped where the service is busy. NOT_FOUND if a version is not loaded.
+    It fails no caller and takes its turns behind them: it is dropped where the service is busy. NOT_FOUND if a version is not
+    loaded.
     """
 
     ClearShadow: _RewardModelServiceClearShadowType
@@ -263,8 +265,9 @@ class RewardModelServiceServicer(metaclass=abc.ABCMeta):
 
         Other models serve meanwhile; a load that fails changes nothing. The first version of a name becomes the default one of
         that name. A version that is loaded already is returned as it is. NOT_FOUND if the store has no such version;
-        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, MODEL_LOAD_FAILED, WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED
-        while another load is in progress (LOAD_IN_PROGRESS) or max_models are held (TOO_MANY_MODELS). Goes on if the caller leaves.
+        FAILED_PRECONDITION names why it cannot serve (NO_MODEL_STORE, OUTSIDE_STORE, RULE_NOT_ALLOWED, MODEL_LOAD_FAILED,
+        WRONG_SHA256, UNLOADING); RESOURCE_EXHAUSTED while another load is in progress (LOAD_IN_PROGRESS) or max_models are held
+        (TOO_MANY_MODELS). Goes on if the caller leaves.
         """
 
     @abc.abstractmethod
@@ -299,7 +302,8 @@ class RewardModelServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[tether.v1.reward_model_pb2.SetShadowResponse, collections.abc.Awaitable[tether.v1.reward_model_pb2.SetShadowResponse]]:
         """Has a candidate score a share of the calls to a base version, after their answers, and compares. Replaces the last shadow.
 
-        Callers are neither delayed nor failed by it: it is dropped where the service is busy. NOT_FOUND if a version is not loaded.
+        It fails no caller and takes its turns behind them: it is dropped where the service is busy. NOT_FOUND if a version is not
+        loaded.
         """
 
     @abc.abstractmethod
