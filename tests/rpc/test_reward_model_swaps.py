@@ -135,22 +135,22 @@ def test_a_batch_of_several_versions_would_be_seen(tmp_path: Path, monkeypatch: 
     """Another control: without the version in the key, items are judged by whatever model the first one asked for."""
     real = Batcher.submit_all
 
-    async def without_key(self: Any, items: Any, *, key: object = None, timeout_seconds: float) -> Any:
-        return await real(self, items, key="m", timeout_seconds=timeout_seconds)
+    async def without_key(self: Any, items: Any, *, key: object = None, **options: Any) -> Any:
+        return await real(self, items, key="m", **options)
 
     monkeypatch.setattr(Batcher, "submit_all", without_key)
 
-    async def scenario() -> int:
+    async def scenario(patience: float) -> int:
         models = [fake_model("m", "1"), fake_model("m", "2")]
-        async with serve_rewards(models=models, batch={"max_delay_seconds": 0.05}) as rewards:
+        async with serve_rewards(models=models, batch={"max_delay_seconds": patience, "max_items": 2}) as rewards:
             item = ScoreItem("a", "b")
             both = [rewards.reward.score([item], model=f"m@{version}") for version in ("1", "2")]
             results = await asyncio.gather(*both)
             return sum(result.scores[0].score != fake_oracle(result.version, item) for result in results)
 
-    assert run(scenario()) == 1
+    assert run(scenario(10.0)) == 1  # the batch begins when both are there, however long the second one takes
     monkeypatch.undo()
-    assert run(scenario()) == 0
+    assert run(scenario(0.1)) == 0
 
 
 def test_real_models_are_swapped_under_traffic(tmp_path: Path) -> None:
