@@ -26,7 +26,7 @@ def service_process(name: str, model: Path, *settings: str) -> Iterator[dict[str
         model: Folder of the model.
         settings: More settings, KEY=VALUE.
     """
-    keys = ("address", "metrics_address", *(("admin_address",) if name == "generator" else ()))
+    keys = ("address", "metrics_address", *(("admin_address",) if name in ("generator", "reward") else ()))
     addresses = {key: f"127.0.0.1:{port}" for key, port in zip(keys, free_ports(len(keys)), strict=True)}
     given = [f"model={model}", "device=cpu", "dtype=float32", *(f"{k}={v}" for k, v in addresses.items()), *settings]
     command = [sys.executable, "-m", "tether_services", "serve", name]

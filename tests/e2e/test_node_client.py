@@ -35,7 +35,7 @@ def answers() -> dict[str, Any]:
 
 
 async def call_from_node() -> dict[str, Any]:
-    reward_settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    reward_settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     generator_settings = GeneratorSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     async with (
         serving(reward_settings, lambda registry: RewardService(reward_settings, registry)) as reward,

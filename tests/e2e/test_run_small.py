@@ -347,7 +347,7 @@ def test_a_run_on_a_real_story_model_that_ends_stories_with_token_one(tmp_path: 
     )
 
     async def scenario() -> None:
-        settings = RewardSettings.model_validate({**LOCAL, "models": STORY_RULE})
+        settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "models": STORY_RULE})
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
             world(STORIES, tmp_path / "runs", reward_address=reward.target) as w,
@@ -392,7 +392,7 @@ def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(en
     )
 
     async def scenario() -> None:
-        settings = RewardSettings.model_validate({**LOCAL, "model": str(reward_model)})
+        settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "model": str(reward_model)})
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
             world(policy, tmp_path / "runs", reward_address=reward.target) as w,
@@ -411,7 +411,9 @@ def test_a_reward_model_that_reads_other_token_ids_than_the_policy_is_refused(tm
     model, text = tiny_run(tmp_path)
 
     async def scenario() -> None:
-        settings = RewardSettings.model_validate({**LOCAL, "model": str(DEMO / "models" / "reward")})
+        settings = RewardSettings.model_validate(
+            {**LOCAL, "admin_address": "127.0.0.1:0", "model": str(DEMO / "models" / "reward")}
+        )
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
             world(model, tmp_path / "runs", reward_address=reward.target) as w,

@@ -306,9 +306,10 @@ def test_the_usual_ports_are_taken_only_if_all_of_them_are_free(tmp_path: Path) 
     def addresses() -> set[str]:
         deployment = LocalDeployment(LocalOptions(state_dir=tmp_path, usual_ports=True), report=print)
         chosen = deployment.addresses
-        return {chosen.generator, chosen.adapter, chosen.reward, chosen.reference, chosen.orchestrator}
+        served = {chosen.generator, chosen.adapter, chosen.reward, chosen.reward_models, chosen.reference}
+        return {*served, chosen.orchestrator}
 
-    usual = {f"127.0.0.1:{port}" for port in (50051, 50061, 50052, 50053, 50054)}
+    usual = {f"127.0.0.1:{port}" for port in (50051, 50061, 50052, 50062, 50053, 50054)}
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

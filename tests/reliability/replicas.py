@@ -65,13 +65,13 @@ def start_replicas(
 ) -> list[Replica]:
     """Return replicas, not started, one on each host; all at one port or each at its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    ports = free_ports(2 * len(hosts))
+    ports = free_ports(3 * len(hosts))
     replicas = []
     for number, host in enumerate(hosts):
         address = f"{host}:{ports[0] if same_port else ports[number]}"
-        metrics = f"127.0.0.1:{ports[len(hosts) + number]}"
+        metrics, admin = (f"127.0.0.1:{ports[row * len(hosts) + number]}" for row in (1, 2))
         config, name = folder / f"reward{number}.toml", f"reward{number}"
-        chosen = {**settings, "address": address, "metrics_address": metrics, "threads": 1}
+        chosen = {**settings, "address": address, "metrics_address": metrics, "admin_address": admin, "threads": 1}
         config.write_text(tomli_w.dumps(chosen), encoding="utf-8")
         options = [word for protection in sabotage for word in ("--sabotage", protection)]
         process = Process(

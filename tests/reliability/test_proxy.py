@@ -255,7 +255,7 @@ def test_a_server_that_is_not_there_resets_the_caller() -> None:
 
 @asynccontextmanager
 async def scoring(timeout_seconds: float) -> AsyncIterator[tuple[Proxy, RewardClient, Served]]:
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     async with (
         serving(settings, lambda registry: RewardService(settings, registry)) as served,
         Proxy(served.target) as proxy,

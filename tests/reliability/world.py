@@ -74,7 +74,7 @@ class World:
     plan: WorldPlan
     recorder: Recorder
     addresses: Mapping[str, str]
-    """Real addresses: generator, adapter, generator2, adapter2, reward, reference, orchestrator."""
+    """Real addresses: generator, adapter, generator2, adapter2, reward, reward models, reference, orchestrator."""
     processes: Mapping[str, Process]
     proxies: Mapping[str, Proxy]
 
@@ -124,7 +124,7 @@ class World:
 async def open_world(folder: Path, plan: WorldPlan) -> AsyncIterator[World]:
     """Yield the services of a plan, serving; all of them are killed at the end, whatever it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    ports = ("generator", "adapter", "reward", "reference", "orchestrator", SECOND, "adapter2")
+    ports = ("generator", "adapter", "reward", "reward models", "reference", "orchestrator", SECOND, "adapter2")
     names = (*ports, *(f"metrics of {name}" for name in plan.services))
     addresses = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(len(names)), strict=True)}
     model = folder / "policy" if plan.models == "tiny" else None
@@ -173,7 +173,7 @@ def _settings(
     called |= {f"{name}_address": reached[name] for name in ("reward", "reference")}
     chosen: dict[str, dict[str, Any]] = {
         **generators,
-        "reward": {"engine": "fake"},
+        "reward": {"engine": "fake", "admin_address": addresses["reward models"]},
         "reference": engine,
         "orchestrator": {"state_dir": str(folder / "runs"), **called},
     }

@@ -15,7 +15,7 @@ from tether_services.reward.service import RewardService
 def reward_in_thread(**values: object) -> Iterator[Served]:
     """Serve until the block ends, with the fake engine unless the values say otherwise."""
     chosen = values if "models" in values else {"engine": "fake"} | values
-    settings = RewardSettings.model_validate(LOCAL | chosen)
+    settings = RewardSettings.model_validate(LOCAL | {"admin_address": "127.0.0.1:0"} | chosen)
     running: list[Served] = []
 
     @asynccontextmanager

@@ -72,7 +72,7 @@ async def run_services(
     alone: dict[str, Any] = {"batch": {"mix_calls": False}} if one_by_one else {}
     alone |= {"quantization": quantization}
     generating = generator_settings(model, **alone)
-    rewarding = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    rewarding = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     referring = ReferenceSettings.model_validate({**LOCAL, "model": str(reference or model), **alone})
     async with AsyncExitStack() as stack:
         generator = await stack.enter_async_context(serving(generating, lambda r: GeneratorService(generating, r)))

@@ -66,7 +66,7 @@ async def all_services(folder: Path, **security: Any) -> AsyncIterator[list[Meth
     """Serve the four services with fake engines and yield every method with a channel to its port."""
     common = {**LOCAL, **security}
     generator = GeneratorSettings.model_validate({**common, "admin_address": "127.0.0.1:0", "engine": "fake"})
-    reward = RewardSettings.model_validate({**common, "engine": "fake"})
+    reward = RewardSettings.model_validate({**common, "admin_address": "127.0.0.1:0", "engine": "fake"})
     reference = ReferenceSettings.model_validate({**common, "engine": "fake"})
     away = {f"{name}_address": "127.0.0.1:1" for name in ("generator", "adapter", "reward", "reference")}
     orchestrator = OrchestratorSettings.model_validate({**common, **away, "state_dir": str(folder / "state")})
@@ -194,7 +194,9 @@ def test_a_scoring_token_reaches_no_method_that_controls_anything(tmp_path: Path
 def test_what_is_no_token_is_refused(tmp_path: Path, metadata: tuple[tuple[str, str], ...], reason: str) -> None:
     path = tmp_path / "tokens.toml"
     add_token(path)
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake", "tokens_file": str(path)})
+    settings = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "tokens_file": str(path)}
+    )
 
     async def scenario() -> str:
         async with (

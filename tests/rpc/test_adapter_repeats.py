@@ -27,8 +27,8 @@ from tests.rpc.generator_serving import Serving, refusal, serve_generator
 from tests.rpc.serving import run
 from tether.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from tether.v1 import adapter_pb2
-from tether_services.generator import requests as requests_module
-from tether_services.generator.requests import RequestLedger
+from tether_services.runtime import requests as requests_module
+from tether_services.runtime.requests import RequestLedger
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 

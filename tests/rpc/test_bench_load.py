@@ -79,7 +79,7 @@ def load_script(script: Script, *callers: CallerPlan, **plan: Any) -> tuple[Load
 
 def load_service(settings: dict[str, Any], *callers: CallerPlan, **plan: Any) -> LoadReport:
     """Return the report of a load on a reward service."""
-    resolved = RewardSettings.model_validate(LOCAL | settings)
+    resolved = RewardSettings.model_validate(LOCAL | {"admin_address": "127.0.0.1:0"} | settings)
 
     async def main() -> LoadReport:
         async with serving(resolved, lambda registry: RewardService(resolved, registry)) as served:

@@ -29,7 +29,7 @@ from tether_services.runtime.text import ByteCodec
 
 @asynccontextmanager
 async def reward_service() -> AsyncIterator[str]:
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
         yield served.target
 

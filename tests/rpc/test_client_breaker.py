@@ -156,7 +156,7 @@ from tests.rpc.serving import LOCAL, serving
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 async def main():
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
         print(served.target, flush=True)
         await asyncio.sleep(120)

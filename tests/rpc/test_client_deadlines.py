@@ -22,13 +22,14 @@ from tether import (
     OrchestratorClient,
     ReferenceClient,
     RewardClient,
+    RewardModelClient,
     ScoreItem,
 )
 from tether.channel import ServiceClient, is_serving, open_channel
 from tether.errors import TetherError
-from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_pb2
+from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_model_pb2, reward_pb2
 
-CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reference_pb2, orchestrator_pb2)
+CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reward_model_pb2, reference_pb2, orchestrator_pb2)
 TIMEOUT_SECONDS = 7.0
 PUSH = AdapterPush(
     run_id="run-a",
@@ -69,6 +70,12 @@ def calls(folder: Path) -> dict[tuple[type[ServiceClient], str], Callable[[Any],
         (RewardClient, "Score"): lambda c: c.score(items),
         (RewardClient, "Compare"): lambda c: c.compare("a", ["b", "c"]),
         (RewardClient, "ListRewardModels"): lambda c: c.list_reward_models(),
+        (RewardModelClient, "LoadRewardModel"): lambda c: c.load("a", "1"),
+        (RewardModelClient, "UnloadRewardModel"): lambda c: c.unload("a", "1"),
+        (RewardModelClient, "SetDefaultRewardModel"): lambda c: c.set_default("a", "2", expected_current="a@1"),
+        (RewardModelClient, "SetShadow"): lambda c: c.set_shadow("a", "2"),
+        (RewardModelClient, "ClearShadow"): lambda c: c.clear_shadow(),
+        (RewardModelClient, "ListLoadedRewardModels"): lambda c: c.list_loaded(),
         (ReferenceClient, "ComputeLogprobs"): lambda c: c.compute_logprobs([LogprobItem((1,), (2,))], temperature=1.0),
         (ReferenceClient, "GetReference"): lambda c: c.get_reference(),
         (OrchestratorClient, "StartRun"): lambda c: c.start_run("run-a", ""),

@@ -61,7 +61,7 @@ def with_generator(use: Callable[[GeneratorClient, AdapterClient], Awaitable[Non
 
 
 def with_reward(use: Callable[[RewardClient], Awaitable[None]]) -> None:
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
 
     async def scenario() -> None:
         served: Served

@@ -42,6 +42,7 @@ Body = dict[str, Any]
 Place = tuple[str | int, ...]
 ID = str(uuid.UUID(int=7))
 RUN: Body = {"run_id": "run-1", "request_id": ID}
+MODEL: Body = {"name": "m", "version": "2"}
 WRITER: Body = {**RUN, "epoch": 1}
 BODIES: dict[str, list[Body]] = {
     **{name: list(examples.values()) for name, examples in EXAMPLES.items()},
@@ -62,6 +63,12 @@ BODIES: dict[str, list[Body]] = {
     "OrchestratorService.RollbackRun": [{**RUN, "to_step": 1}],
     "OrchestratorService.ListSteps": [{"run_id": "run-1", "first_step": 0, "page_size": 10}],
     "RewardService.ListRewardModels": [{"page_size": 10, "page_token": "0"}],
+    "RewardModelService.LoadRewardModel": [{"request_id": ID, **MODEL, "expected_sha256": "0" * 64}],
+    "RewardModelService.UnloadRewardModel": [{"request_id": ID, **MODEL}],
+    "RewardModelService.SetDefaultRewardModel": [{"request_id": ID, **MODEL, "expected_current": "m@1"}],
+    "RewardModelService.SetShadow": [{"request_id": ID, **MODEL, "base": "m@1", "fraction": 0.5}],
+    "RewardModelService.ClearShadow": [{"request_id": ID}],
+    "RewardModelService.ListLoadedRewardModels": [{"page_size": 10, "page_token": "0"}],
     "AdapterService.BeginPush": [
         {
             **WRITER,
@@ -210,16 +217,18 @@ def _value_at(body: Body, place: Place) -> Any:
 @asynccontextmanager
 async def everything(folder: Path) -> AsyncIterator[dict[str, grpc.aio.Channel]]:
     """Serve all services with fake engines and yield a channel for each, by the name of the service."""
-    reward = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    reward = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     reference = ReferenceSettings.model_validate({**LOCAL, "engine": "fake"})
     runs = OrchestratorSettings.model_validate({**LOCAL, "state_dir": str(folder / "runs")})
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         generator = await enter(serve_generator())
+        rewards = await enter(serving(reward, lambda r: RewardService(reward, r)))
         targets = {
             "GeneratorService": generator.served.target,
             "AdapterService": generator.admin_target,
-            "RewardService": (await enter(serving(reward, lambda r: RewardService(reward, r)))).target,
+            "RewardService": rewards.target,
+            "RewardModelService": f"127.0.0.1:{rewards.runner.bound_ports[1]}",
             "ReferenceService": (await enter(serving(reference, lambda r: ReferenceService(reference, r)))).target,
             "OrchestratorService": (
                 await enter(serving(runs, lambda r: OrchestratorService(runs, r, engine=ProcessEngine(runs))))

@@ -55,7 +55,9 @@ async def world(*, concurrency: int = 64, token_seconds: float = 0.0, reward: ob
     generating = GeneratorSettings.model_validate(
         {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "fake_token_seconds": token_seconds}
     )
-    rewarding = RewardSettings.model_validate({**LOCAL, **({"models": reward} if reward else {"engine": "fake"})})
+    rewarding = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", **({"models": reward} if reward else {"engine": "fake"})}
+    )
     referring = ReferenceSettings.model_validate({**LOCAL, "engine": "fake"})
     async with AsyncExitStack() as stack:
         generator = await stack.enter_async_context(serving(generating, lambda r: GeneratorService(generating, r)))

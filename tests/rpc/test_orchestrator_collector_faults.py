@@ -302,7 +302,9 @@ def test_clients_of_a_run_leave_the_repeats_to_it() -> None:
 def test_r1_a_reward_service_that_is_away_for_a_while_costs_time_and_no_sample(protected: bool) -> None:
     """The control makes each call and each rollout once."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    rewarding = RewardSettings.model_validate({**LOCAL, "engine": "fake", "address": address, "drain_seconds": 0})
+    rewarding = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "address": address, "drain_seconds": 0}
+    )
     failure = FailureConfig(step_retries=2 if protected else 0)
     settings = OrchestratorSettings(reward_address=address, max_retries=10 if protected else 0)
     seen: list[bool] = []

@@ -267,7 +267,7 @@ async def test_other_prompts_at_a_resume_are_refused_until_the_old_ones_are_back
 
 def test_another_reward_model_at_a_resume_is_refused(tmp_path: Path) -> None:
     model = {"name": "other", "components": [{"name": "fake", "engine": "fake", "gain": 2.0}]}
-    rewarding = RewardSettings.model_validate({**LOCAL, "models": [model]})
+    rewarding = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "models": [model]})
 
     async def scenario() -> None:
         async with world(tmp_path) as w, serving(rewarding, lambda r: RewardService(rewarding, r)) as other:

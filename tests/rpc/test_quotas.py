@@ -19,7 +19,7 @@ from tests.rpc.token_inputs import add_token, bearing
 from tether.v1 import generator_pb2_grpc, reference_pb2, reference_pb2_grpc, reward_pb2, reward_pb2_grpc
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.service import ReferenceService
-from tether_services.reward import service as reward_service
+from tether_services.reward import scoring
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 
@@ -31,7 +31,9 @@ def score_request(num_items: int = 1) -> reward_pb2.ScoreRequest:
 
 async def serve_reward(stack: AsyncExitStack, path: Path, **changes: Any) -> tuple[Served, Any]:
     """Serve rewards until the stack ends and return the service and a stub."""
-    given = RewardSettings.model_validate({**LOCAL, "engine": "fake", "tokens_file": str(path), **changes})
+    given = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "tokens_file": str(path), **changes}
+    )
     served = await stack.enter_async_context(serving(given, lambda registry: RewardService(given, registry)))
     channel = await stack.enter_async_context(grpc.aio.insecure_channel(served.target))
     return served, reward_pb2_grpc.RewardServiceStub(channel)
@@ -66,13 +68,14 @@ def test_an_overdrawn_caller_is_refused_before_anything_is_read_or_tokenised(
     path = tmp_path / "tokens.toml"
     token, other = add_token(path, tokens_per_second=50.0), add_token(path, name="team-b")
     prepared: list[int] = []
-    prepare_all = reward_service.prepare_all
+    read_and_prepare = scoring.read_and_prepare
 
-    def counting(model: Any, items: Any) -> Any:
+    def counting(reader: Any, read: Any, identity: bytes) -> Any:
+        inputs, items = read_and_prepare(reader, read, identity)
         prepared.append(len(items))
-        return prepare_all(model, items)
+        return inputs, items
 
-    monkeypatch.setattr(reward_service, "prepare_all", counting)
+    monkeypatch.setattr(scoring, "read_and_prepare", counting)
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:

@@ -21,6 +21,7 @@ INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 SETTINGS = RewardSettings.model_validate(
     LOCAL
     | {
+        "admin_address": "127.0.0.1:0",
         "max_items": 4,
         "max_text_chars": 3000,
         "models": [

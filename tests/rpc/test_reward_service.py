@@ -20,7 +20,7 @@ from tests.rpc.serving import LOCAL, Served, health, run, serving
 from tests.unit.tiny_reward import VOCABULARY, write_adapter, write_classifier, write_policy
 from tether.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from tether.generator import Message
-from tether.reward import RewardClient, ScoreItem
+from tether.reward import RewardClient, ScoreItem, ScoreResult
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engines.fake import FAKE_REWARD_SHA256, fake_score, fake_text_score
 from tether_services.reward.service import SERVICE_NAME, RewardService
@@ -49,7 +49,7 @@ def with_reward(scenario: Scenario, **values: object) -> None:
     async def main() -> None:
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as served,
-            RewardClient(served.target, timeout_seconds=20, retries=False) as client,
+            RewardClient(served.target, timeout_seconds=20) as client,
         ):
             await scenario(client, served)
 
@@ -228,15 +228,24 @@ def test_many_calls_share_batches_and_each_gets_its_own_answers() -> None:
     with_reward(scenario, engine="fake", batch={"max_delay_seconds": 0.05})
 
 
+async def fill_queue(client: RewardClient, served: Served) -> list[asyncio.Task[ScoreResult]]:
+    """Have four items executed, which wait for the gate, and then four that wait for them."""
+    calls = []
+    for depth in (0, 4):
+        calls.append(asyncio.create_task(client.score([ScoreItem(response="x")] * 4)))
+        while (served.value("tether_reward_batch_size_count"), served.value("tether_reward_queue_depth")) != (1, depth):
+            await asyncio.sleep(0.01)
+    return calls
+
+
 def test_a_full_queue_refuses_with_a_delay_and_the_service_recovers() -> None:
     reward_rules.GATE.clear()
 
     async def scenario(client: RewardClient, served: Served) -> None:
-        waiting = [asyncio.create_task(client.score([ScoreItem(response="x")] * 4)) for _ in range(2)]
-        while served.value("tether_reward_queue_depth") != 4:
-            await asyncio.sleep(0.01)
-        with pytest.raises(ResourceExhaustedError) as caught:
-            await client.score([ScoreItem(response="x")])
+        waiting = await fill_queue(client, served)
+        async with RewardClient(served.target, retries=False) as impatient:
+            with pytest.raises(ResourceExhaustedError) as caught:
+                await impatient.score([ScoreItem(response="x")])
         assert caught.value.retry_after_seconds == 1.0
         assert await health(served.target, SERVICE_NAME) == 1
         assert served.value("tether_reward_rejected_total", reason="queue_full") == 1
@@ -254,11 +263,10 @@ def test_a_call_without_room_is_refused_before_it_is_read() -> None:
     async def scenario(client: RewardClient, served: Served) -> None:
         unreadable = [ScoreItem(response="")]
         assert (await client.score(unreadable)).scores[0].error is not None, "with room, the item has an error"
-        waiting = [asyncio.create_task(client.score([ScoreItem(response="x")] * 4)) for _ in range(2)]
-        while served.value("tether_reward_queue_depth") != 4:
-            await asyncio.sleep(0.01)
-        with pytest.raises(ResourceExhaustedError):
-            await client.score(unreadable)
+        waiting = await fill_queue(client, served)
+        async with RewardClient(served.target, retries=False) as impatient:
+            with pytest.raises(ResourceExhaustedError):
+                await impatient.score(unreadable)
         reward_rules.GATE.set()
         await asyncio.gather(*waiting)
 

@@ -24,7 +24,9 @@ MAX_ITEMS = 64
 
 def served_scores(folder: Path, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the scores that a service of its own gives to token ids, the first two of each as the prompt."""
-    settings = RewardSettings.model_validate(LOCAL | {"model": str(folder), "max_items": MAX_ITEMS, "device": "cpu"})
+    settings = RewardSettings.model_validate(
+        LOCAL | {"admin_address": "127.0.0.1:0"} | {"model": str(folder), "max_items": MAX_ITEMS, "device": "cpu"}
+    )
 
     async def main() -> list[float]:
         async with (

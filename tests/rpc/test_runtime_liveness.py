@@ -120,12 +120,14 @@ def test_r17_without_the_probe_through_the_batcher_a_dead_one_stays_green(monkey
 
 def test_r17_the_probe_alone_notices_a_dead_batcher_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RewardService, "on_failure", lambda self, report: None)
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake", "liveness_seconds": PERIOD})
+    settings = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "liveness_seconds": PERIOD}
+    )
 
     async def main() -> None:
         async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
             assert isinstance(served.service, RewardService)
-            kill_worker(served.service._batcher)
+            kill_worker(served.service._scorer.batcher)
             async with RewardClient(served.target, retries=False) as client:
                 with pytest.raises(UnavailableError):
                     await client.score([ScoreItem("a", "b")])
@@ -211,10 +213,12 @@ def test_a_forward_pass_that_takes_long_is_no_failure(real: Callable[[Path], Any
 @asynccontextmanager
 async def fake_reward() -> AsyncIterator[tuple[Served, list[ThreadPoolExecutor]]]:
     """Yield a service and the executor that reads its texts."""
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake", "liveness_seconds": PERIOD})
+    settings = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "liveness_seconds": PERIOD}
+    )
     async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
         assert isinstance(served.service, RewardService)
-        yield served, [served.service._text_thread]
+        yield served, [served.service._scorer._text_thread]
 
 
 @asynccontextmanager

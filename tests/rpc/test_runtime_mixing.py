@@ -74,7 +74,9 @@ async def reference(batch: dict[str, Any]) -> AsyncIterator[Call]:
 
 @asynccontextmanager
 async def reward(batch: dict[str, Any]) -> AsyncIterator[Call]:
-    settings = RewardSettings.model_validate({**LOCAL, "model": str(PACKAGED_REWARD), "batch": batch})
+    settings = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "model": str(PACKAGED_REWARD), "batch": batch}
+    )
     async with (
         serving(settings, lambda registry: RewardService(settings, registry)) as served,
         RewardClient(served.target) as client,

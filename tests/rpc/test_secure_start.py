@@ -275,7 +275,9 @@ def test_metadata_is_bounded(num_bytes: int, code: str) -> None:
     ],
 )
 def test_the_size_of_requests_is_a_setting(changes: dict[str, int], num_chars: int, code: str) -> None:
-    given = RewardSettings.model_validate({**LOCAL, "engine": "fake", "max_text_chars": 10**7, **changes})
+    given = RewardSettings.model_validate(
+        {**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake", "max_text_chars": 10**7, **changes}
+    )
     item = reward_pb2.ScoreItem(prompt="p", response="r" * num_chars)
 
     async def scenario() -> str:

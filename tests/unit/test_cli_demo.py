@@ -60,7 +60,7 @@ def test_a_reward_model_without_adapter_is_scored_with_but_no_start_for_the_crit
 
 
 def test_a_demo_leaves_the_run_of_one_that_was_killed_alone() -> None:
-    addresses = Addresses("a:1", "b:1", "c:1", "d:1", "e:1", *[dict.fromkeys(SERVICES, "f:1")] * 2)
+    addresses = Addresses("a:1", "b:1", "c:1", "g:1", "d:1", "e:1", *[dict.fromkeys(SERVICES, "f:1")] * 2)
     settings = service_settings(demo_options(build_parser().parse_args(["demo"])), addresses)
     assert OrchestratorSettings.model_validate(settings["orchestrator"]).auto_resume == "off"
     known = build_parser().parse_args(["up"])

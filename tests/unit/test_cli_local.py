@@ -34,6 +34,7 @@ ADDRESSES = Addresses(
     generator="127.0.0.1:1",
     adapter="127.0.0.1:2",
     reward="127.0.0.1:3",
+    reward_models="127.0.0.1:14",
     reference="127.0.0.1:4",
     orchestrator="127.0.0.1:5",
     metrics={
@@ -85,10 +86,10 @@ def test_the_orchestrator_knows_where_the_others_are() -> None:
 
 def test_all_services_listen_on_their_own_addresses() -> None:
     settings = resolve(LocalOptions())
-    listening = [settings["generator"].admin_address]
+    listening = [settings[name].admin_address for name in ("generator", "reward")]
     for part in settings.values():
         listening += [part.address, part.metrics_address, part.http_address]
-    assert len(set(listening)) == len(listening) == 13
+    assert len(set(listening)) == len(listening) == 14
 
 
 def test_settings_of_one_service_are_stronger_than_the_options() -> None:
@@ -109,6 +110,10 @@ def test_pushed_adapters_are_kept_below_the_state_folder_unless_told_otherwise()
     assert adapters().folder == Path("somewhere/_services/adapters")
     assert adapters(max_rank=8).folder == Path("somewhere/_services/adapters")
     assert adapters(folder="elsewhere").folder == Path("elsewhere")
+
+
+def test_the_default_reward_model_is_kept_below_the_state_folder() -> None:
+    assert resolve(LocalOptions(state_dir=Path("somewhere")))["reward"].state_dir == "somewhere/_services/reward"
 
 
 def test_the_command_line_becomes_options_and_leaves_the_rest_to_its_default() -> None:

@@ -15,9 +15,9 @@ import pytest
 
 import tether
 from tether.channel import EFFECT_FREE_METHODS, channel_options, service_config
-from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_pb2
+from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_model_pb2, reward_pb2
 
-CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reference_pb2, orchestrator_pb2)
+CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reward_model_pb2, reference_pb2, orchestrator_pb2)
 METHODS_WITH_EFFECT = {
     "BeginPush",
     "PushChunks",
@@ -29,6 +29,11 @@ METHODS_WITH_EFFECT = {
     "CancelRun",
     "ResumeRun",
     "RollbackRun",
+    "LoadRewardModel",
+    "UnloadRewardModel",
+    "SetDefaultRewardModel",
+    "SetShadow",
+    "ClearShadow",
 }
 VALUES = [
     (tether.Completion, generator_pb2.Completion),
@@ -43,6 +48,9 @@ VALUES = [
     (tether.CompareResult, reward_pb2.CompareResponse),
     (tether.PairPreference, reward_pb2.PairPreference),
     (tether.RewardModel, reward_pb2.RewardModel),
+    (tether.LoadedRewardModel, reward_model_pb2.LoadedRewardModel),
+    (tether.ScoreCacheState, reward_model_pb2.ScoreCacheState),
+    (tether.RewardModelShadow, reward_model_pb2.RewardModelShadow),
     (tether.LogprobItem, reference_pb2.LogprobItem),
     (tether.ItemLogprobs, reference_pb2.ItemLogprobs),
     (tether.LogprobResult, reference_pb2.ComputeLogprobsResponse),

@@ -15,7 +15,7 @@ from tether_services.reference.config import ReferenceSettings
 from tether_services.runtime.settings import merge_overrides
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-ADDRESSES = Addresses("h:1", "h:2", "h:3", "h:4", "h:5", *[dict.fromkeys(SERVICES, "h:6")] * 2)
+ADDRESSES = Addresses("h:1", "h:2", "h:3", "h:7", "h:4", "h:5", *[dict.fromkeys(SERVICES, "h:6")] * 2)
 
 
 def blocks(language: str) -> list[str]:

@@ -34,6 +34,7 @@ BACKING = {
     "GeneratorService": ("generator", "runtime"),
     "AdapterService": ("generator", "runtime"),
     "RewardService": ("reward", "runtime"),
+    "RewardModelService": ("reward", "runtime"),
     "ReferenceService": ("reference", "runtime"),
     "OrchestratorService": ("orchestrator", "runtime"),
     "every service": SERVING,

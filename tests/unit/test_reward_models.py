@@ -9,12 +9,12 @@ import pytest
 
 from tests.unit.tiny_reward import VOCABULARY, write_adapter, write_classifier, write_policy, write_tokenizer
 from tether.errors import InternalError, InvalidArgumentError
+from tether_services.reward.comparison import preference, rank
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import ScoreTask
 from tether_services.reward.engines.fake import FakeRewardEngine, fake_score, fake_text_score
 from tether_services.reward.items import PreparedItem, ScoreInput
 from tether_services.reward.models import Component, Judgement, Refusal, RewardModel, combine, load_model
-from tether_services.reward.service import preference, rank
 
 LENGTH = {
     "name": "length",

@@ -16,7 +16,7 @@ from tether.reward import RewardClient, ScoreItem
 import uvloop
 
 async def main():
-    settings = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+    settings = RewardSettings.model_validate({**LOCAL, "admin_address": "127.0.0.1:0", "engine": "fake"})
     codes, done = Counter(), asyncio.Event()
     async with serving(settings, lambda r: RewardService(settings, r)) as served, RewardClient(served.target) as client:
         async def traffic():

@@ -36,6 +36,13 @@ from tether.reward import (
     ScoreItem,
     ScoreResult,
 )
+from tether.reward_models import (
+    LoadedRewardModel,
+    LoadedRewardModels,
+    RewardModelClient,
+    RewardModelShadow,
+    ScoreCacheState,
+)
 
 __version__ = "0.1.0"
 
@@ -61,6 +68,8 @@ __all__ = [
     "InvalidArgumentError",
     "ItemLogprobs",
     "ItemScore",
+    "LoadedRewardModel",
+    "LoadedRewardModels",
     "LogprobItem",
     "LogprobResult",
     "Message",
@@ -74,10 +83,13 @@ __all__ = [
     "ResourceExhaustedError",
     "RewardClient",
     "RewardModel",
+    "RewardModelClient",
+    "RewardModelShadow",
     "Rollback",
     "Run",
     "SampleCounts",
     "SamplingParams",
+    "ScoreCacheState",
     "ScoreComponent",
     "ScoreItem",
     "ScoreResult",

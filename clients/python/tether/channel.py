@@ -33,6 +33,7 @@ EFFECT_FREE_METHODS: Final = {
     "tether.v1.GeneratorService": ("Generate", "GetGenerator"),
     "tether.v1.AdapterService": ("ListAdapters", "GetActiveAdapter"),
     "tether.v1.RewardService": ("Score", "Compare", "ListRewardModels"),
+    "tether.v1.RewardModelService": ("ListLoadedRewardModels",),
     "tether.v1.ReferenceService": ("ComputeLogprobs", "GetReference"),
     "tether.v1.OrchestratorService": ("GetRun", "ListRuns", "ListSteps"),
 }

@@ -81,6 +81,8 @@ class RewardModel:
     """True for the model that an empty name selects."""
     vocab_size: int
     """Number of token ids; 0 if the model reads no tokens."""
+    default_version: bool
+    """True for the version that its name without a version selects."""
 
 
 class RewardClient(ServiceClient):
@@ -207,4 +209,5 @@ def _model(model: reward_pb2.RewardModel) -> RewardModel:
         max_items=model.max_items,
         default_model=model.default_model,
         vocab_size=model.vocab_size,
+        default_version=model.default_version,
     )

@@ -17,6 +17,7 @@ from tether_services.cli.bench_commands import add_bench
 from tether_services.cli.connection import add_credentials
 from tether_services.cli.data_commands import add_data
 from tether_services.cli.error_commands import add_errors
+from tether_services.cli.model_commands import add_model
 from tether_services.cli.scoring_commands import SCORE_DESCRIPTION, add_score_arguments
 from tether_services.cli.token_commands import add_token
 
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_delegating(commands, "train", "run one offline stage", STAGES, _train)
     add_data(commands)
     add_adapter(commands)
+    add_model(commands)
     add_token(commands)
     _add_up(commands)
     _add_demo(commands)

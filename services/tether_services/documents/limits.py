@@ -18,7 +18,8 @@ from tether_services.generator.admin import (
 )
 from tether_services.generator.service import MAX_SEED, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_STOPS
 from tether_services.orchestrator.run_config import MAX_CONFIG_BYTES
-from tether_services.reward.service import MAX_RESPONSES, MIN_RESPONSES
+from tether_services.reward.admin import MAX_VERSION_CHARS
+from tether_services.reward.comparison import MAX_RESPONSES, MIN_RESPONSES
 from tether_services.runtime.checks import NAME_PATTERN, PAGE_TOKEN_PATTERN, SHA256_PATTERN
 from tether_services.runtime.text import MAX_MESSAGES, ROLES
 
@@ -34,6 +35,8 @@ TOKEN_IDS: Final[Schema] = {"minItems": 1, "items": {"minimum": 0}}
 EPOCH: Final[Schema] = {"minimum": 1, "maximum": MAX_EPOCH}
 VERSION: Final[Schema] = {"minimum": 0, "maximum": MAX_VERSION}
 PUSHED_VERSION: Final[Schema] = {"minimum": 1, "maximum": MAX_VERSION}
+HELD: Final[Schema] = {"minLength": 1, "maxLength": MAX_VERSION_CHARS}
+LABEL_PATTERN: Final = "^[^@]+@.+$"
 MESSAGES: Final[Schema] = {"maxItems": MAX_MESSAGES}
 ANY_TOKEN_IDS: Final[Schema] = {"items": {"minimum": 0}}
 
@@ -82,6 +85,30 @@ LIMITS: Final[dict[str, Schema]] = {
     "CompareRequest.responses": {"minItems": MIN_RESPONSES, "maxItems": MAX_RESPONSES, "items": {"minLength": 1}},
     "ListRewardModelsRequest.page_size": PAGE_SIZE,
     "ListRewardModelsRequest.page_token": PAGE_TOKEN,
+    "LoadRewardModelRequest": {"required": ["request_id", "name", "version"]},
+    "LoadRewardModelRequest.request_id": UUID,
+    "LoadRewardModelRequest.name": NAME,
+    "LoadRewardModelRequest.version": NAME,
+    "LoadRewardModelRequest.expected_sha256": {"pattern": f"^({SHA256_PATTERN.pattern.strip('^$')})?$"},
+    "UnloadRewardModelRequest": {"required": ["request_id", "name", "version"]},
+    "UnloadRewardModelRequest.request_id": UUID,
+    "UnloadRewardModelRequest.name": HELD,
+    "UnloadRewardModelRequest.version": HELD,
+    "SetDefaultRewardModelRequest": {"required": ["request_id", "name", "version", "expected_current"]},
+    "SetDefaultRewardModelRequest.request_id": UUID,
+    "SetDefaultRewardModelRequest.name": HELD,
+    "SetDefaultRewardModelRequest.version": HELD,
+    "SetDefaultRewardModelRequest.expected_current": {"pattern": LABEL_PATTERN},
+    "SetShadowRequest": {"required": ["request_id", "name", "version", "fraction"]},
+    "SetShadowRequest.request_id": UUID,
+    "SetShadowRequest.name": HELD,
+    "SetShadowRequest.version": HELD,
+    "SetShadowRequest.base": {"pattern": f"^({LABEL_PATTERN.strip('^$')})?$"},
+    "SetShadowRequest.fraction": {"exclusiveMinimum": 0, "maximum": 1},
+    "ClearShadowRequest": {"required": ["request_id"]},
+    "ClearShadowRequest.request_id": UUID,
+    "ListLoadedRewardModelsRequest.page_size": PAGE_SIZE,
+    "ListLoadedRewardModelsRequest.page_token": PAGE_TOKEN,
     "ComputeLogprobsRequest": {"required": ["items"]},
     "ComputeLogprobsRequest.items": {"minItems": 1},
     "ComputeLogprobsRequest.temperature": {"minimum": 0.01, "maximum": 2},

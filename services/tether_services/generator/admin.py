@@ -17,7 +17,6 @@ from tether_services.generator.engine import EngineDescription
 from tether_services.generator.fence import Fence
 from tether_services.generator.pointer import ActivePointer
 from tether_services.generator.pushes import AdapterPushes
-from tether_services.generator.requests import RequestLedger, check_request_id
 from tether_services.generator.uploads import (
     MAX_CHUNK_BYTES,
     Chunk,
@@ -29,6 +28,7 @@ from tether_services.generator.uploads import (
 )
 from tether_services.generator.verification import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, check_targets
 from tether_services.runtime.checks import check_name, check_page, check_range, check_sha256, check_token_ids
+from tether_services.runtime.requests import RequestLedger, check_request_id
 
 MAX_ADMIN_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024
 MAX_PROBES = 16

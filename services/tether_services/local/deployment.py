@@ -27,8 +27,9 @@ PORTS: Final = range(20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections, so that none is taken meanwhile."""
 METRICS_PORTS: Final = (9101, 9102, 9103, 9104)
 HTTP_PORTS: Final = (8051, 8052, 8053, 8054)
-USUAL_PORTS: Final = (50051, 50061, 50052, 50053, 50054, *METRICS_PORTS, *HTTP_PORTS)
-"""Defaults of services and clients: generator, adapter, reward, reference, orchestrator, then metrics and HTTP."""
+USUAL_PORTS: Final = (50051, 50061, 50052, 50062, 50053, 50054, *METRICS_PORTS, *HTTP_PORTS)
+"""Defaults of services and clients: generator, adapter, reward, reward models, reference, orchestrator, then metrics
+and HTTP."""
 FOLDER: Final = "_services"
 """Folder of configurations, logs and pushed adapters in the state folder; no run can have this name."""
 DRAIN_SECONDS: Final = 5.0
@@ -71,6 +72,8 @@ class Addresses:
     adapter: str
     """The generator's admin port."""
     reward: str
+    reward_models: str
+    """The reward service's admin port."""
     reference: str
     orchestrator: str
     metrics: Mapping[str, str]
@@ -192,7 +195,14 @@ def service_settings(options: LocalOptions, addresses: Addresses) -> dict[str, d
             "threads": max(1, options.threads // 2),
             **model,
         },
-        "reward": {"address": addresses.reward, "engine": engine, "threads": share, **reward},
+        "reward": {
+            "address": addresses.reward,
+            "admin_address": addresses.reward_models,
+            "state_dir": str(options.state_dir / FOLDER / "reward"),
+            "engine": engine,
+            "threads": share,
+            **reward,
+        },
         "reference": {"address": addresses.reference, "engine": engine, "threads": share, **model},
         "orchestrator": {
             "address": addresses.orchestrator,
@@ -272,10 +282,12 @@ def _check_options(options: LocalOptions) -> None:
 
 def _choose_addresses(*, usual: bool) -> Addresses:
     ports = USUAL_PORTS if usual and all(is_free(port) for port in USUAL_PORTS) else free_ports(len(USUAL_PORTS))
-    generator, adapter, reward, reference, orchestrator, *others = (f"127.0.0.1:{port}" for port in ports)
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    own, others = addresses[: -2 * len(SERVICES)], addresses[-2 * len(SERVICES) :]
     metrics = dict(zip(SERVICES, others[: len(SERVICES)], strict=True))
     http = dict(zip(SERVICES, others[len(SERVICES) :], strict=True))
-    return Addresses(generator, adapter, reward, reference, orchestrator, metrics, http)
+    generator, adapter, reward, reward_models, reference, orchestrator = own
+    return Addresses(generator, adapter, reward, reward_models, reference, orchestrator, metrics, http)
 
 
 def free_ports(count: int) -> list[int]:

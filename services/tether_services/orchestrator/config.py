@@ -217,8 +217,8 @@ class RunConfig(Settings):
     """Starting policy: a transformers model folder, or a hub name (owner/name)."""
     reward_model: str = ""
     """Folder of the reward model that the critic starts from; empty: a fresh value head."""
-    score_model: str = Field(default="", max_length=64)
-    """Name of the reward model that the reward service scores with; empty: its default one."""
+    score_model: str = Field(default="", max_length=160)
+    """Reward model that the reward service scores with, as `name` or `name@version`; empty: its default one."""
     prompts: str = Field(min_length=1)
     """File of prompts (.txt with one a line, .jsonl with {"prompt": ...}), or a data set: a folder or a hub name."""
     evaluation_prompts: str = ""

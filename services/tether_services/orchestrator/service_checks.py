@@ -45,12 +45,19 @@ async def find_reward_model(services: Services, config: RunConfig) -> RewardMode
         InvalidArgumentError: It has no such model.
     """
     models = await services.reward.call(lambda client: client.list_reward_models())
-    wanted = [m for m in models if m.name == config.score_model or (m.default_model and not config.score_model)]
+    wanted = [model for model in models if _is_selected(model, config.score_model)]
     if not wanted:
-        known = ", ".join(model.name for model in models)
+        known = ", ".join(f"{model.name}@{model.version}" for model in models)
         message = f"reward at {services.reward.client.target} has no model {config.score_model!r}; it has {known}"
         raise InvalidArgumentError(message, field="score_model")
     return wanted[0]
+
+
+def _is_selected(model: RewardModel, selector: str) -> bool:
+    """Return whether a call with this model selects that version."""
+    if not selector:
+        return model.default_model
+    return selector == f"{model.name}@{model.version}" or (selector == model.name and model.default_version)
 
 
 async def check_reward_tokenizer(

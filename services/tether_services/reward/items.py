@@ -35,6 +35,8 @@ class PreparedItem:
     """What the engines get."""
     truncated: bool
     """Whether prompt tokens were cut."""
+    digest: bytes = b""
+    """Its key in the score cache; empty if it is not to be cached."""
 
 
 @dataclass(frozen=True, slots=True)

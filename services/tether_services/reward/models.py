@@ -211,7 +211,7 @@ async def load_model(settings: RewardSettings, model: ModelSettings, *, field: s
     """
     codec = None
     if model.tokenizer:
-        codec = HfCodec(find_model_folder(model.tokenizer, field=f"{field}.tokenizer"), field=f"{field}.tokenizer")
+        codec = await asyncio.to_thread(_read_codec, model.tokenizer, field=f"{field}.tokenizer")
     engines = [
         await asyncio.to_thread(build_engine, component, settings, codec, field=f"{field}.components[{index}]")
         for index, component in enumerate(model.components)
@@ -224,6 +224,10 @@ async def load_model(settings: RewardSettings, model: ModelSettings, *, field: s
     except BaseException:  # also on cancellation: threads and models must not outlive a failed start
         await asyncio.gather(*(engine.close() for engine in engines))
         raise
+
+
+def _read_codec(tokenizer: str, *, field: str) -> TextCodec:
+    return HfCodec(find_model_folder(tokenizer, field=field), field=field)
 
 
 def _component(settings: ComponentSettings, engine: RewardEngine) -> Component:

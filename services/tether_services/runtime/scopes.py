@@ -8,6 +8,8 @@ from typing import Final
 SCOPES: Final = (
     "generate",
     "score",
+    "model.write",
+    "model.read",
     "reference",
     "adapter.push",
     "adapter.activate",
@@ -25,6 +27,16 @@ def _methods(service: str, scope: str, *names: str) -> dict[str, str]:
 METHOD_SCOPES: Final[Mapping[str, str]] = {
     **_methods("GeneratorService", "generate", "Generate", "GetGenerator"),
     **_methods("RewardService", "score", "Score", "Compare", "ListRewardModels"),
+    **_methods(
+        "RewardModelService",
+        "model.write",
+        "LoadRewardModel",
+        "UnloadRewardModel",
+        "SetDefaultRewardModel",
+        "SetShadow",
+        "ClearShadow",
+    ),
+    **_methods("RewardModelService", "model.read", "ListLoadedRewardModels"),
     **_methods("ReferenceService", "reference", "ComputeLogprobs", "GetReference"),
     **_methods("AdapterService", "adapter.push", "BeginPush", "PushChunks", "CommitPush"),
     **_methods("AdapterService", "adapter.activate", "ActivateAdapter", "RollbackAdapter", "DeleteAdapter"),

@@ -16,6 +16,7 @@ from tether.reasons.entry import PLACES, REPEATS, Group, Reason, Repeat
 from tether.reasons.http import HTTP_PORT
 from tether.reasons.identity import IDENTITY
 from tether.reasons.programs import PROGRAMS
+from tether.reasons.reward_models import REWARD_MODELS
 from tether.reasons.runs import LEDGER, TRAINING
 
 __all__ = ["GROUPS", "PLACES", "REASONS", "REPEATS", "Group", "Reason", "Repeat", "find_reason"]
@@ -24,6 +25,7 @@ GROUPS: Final[tuple[Group, ...]] = (
     ANY_CALL,
     IDENTITY,
     SERVING,
+    REWARD_MODELS,
     ACTIVATION,
     VERIFICATION,
     LEDGER,

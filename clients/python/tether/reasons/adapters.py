@@ -76,7 +76,7 @@ ACTIVATION: Final = Group(
             meaning="A disk has no room, or the quota of adapters is used up; what was there before is kept.",
             remedy="Free space on the disk that the message names, or raise `adapters.quota_bytes`.",
             repeat="told",
-            places=(*PUSH, *POINTER, *DELETE, "OrchestratorService", RUN_TOO, "command"),
+            places=(*PUSH, *POINTER, *DELETE, "RewardModelService", "OrchestratorService", RUN_TOO, "command"),
         ),
         Reason(
             name="TOO_MANY_UPLOADS",

@@ -148,9 +148,9 @@ SERVING: Final = Group(
             name="VERSION_NOT_FOUND",
             code=StatusCode.NOT_FOUND,
             meaning="The reward model is not loaded in this version.",
-            remedy="Take a version that ListRewardModels gives, or leave it empty.",
+            remedy="Take a version that ListRewardModels gives, or leave it empty; those of the store can be loaded.",
             repeat="no",
-            places=SCORING,
+            places=(*SCORING, "RewardModelService"),
         ),
         Reason(
             name="EMPTY",

@@ -154,7 +154,7 @@ PROGRAMS: Final = Group(
             meaning="A file system is read-only; what was there before is kept.",
             remedy="Make it writable.",
             repeat="repaired",
-            places=("run", "command"),
+            places=("RewardModelService", "run", "command"),
         ),
         Reason(
             name="SERVICE_FAILED",

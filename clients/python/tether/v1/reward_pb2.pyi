@@ -126,7 +126,7 @@ class ListRewardModelsRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class RewardModel(_message.Message):
-    __slots__ = ("name", "version", "model_sha256", "engine", "gain", "bias", "max_model_len", "max_items", "default_model", "vocab_size")
+    __slots__ = ("name", "version", "model_sha256", "engine", "gain", "bias", "max_model_len", "max_items", "default_model", "vocab_size", "default_version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class RewardModel(_message.Message):
     MAX_ITEMS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     model_sha256: str
@@ -147,7 +148,8 @@ class RewardModel(_message.Message):
     max_items: int
     default_model: bool
     vocab_size: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_sha256: _Optional[str] = ..., engine: _Optional[str] = ..., gain: _Optional[float] = ..., bias: _Optional[float] = ..., max_model_len: _Optional[int] = ..., max_items: _Optional[int] = ..., default_model: bool = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    default_version: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_sha256: _Optional[str] = ..., engine: _Optional[str] = ..., gain: _Optional[float] = ..., bias: _Optional[float] = ..., max_model_len: _Optional[int] = ..., max_items: _Optional[int] = ..., default_model: bool = ..., vocab_size: _Optional[int] = ..., default_version: bool = ...) -> None: ...
 
 class ListRewardModelsResponse(_message.Message):
     __slots__ = ("models", "next_page_token")

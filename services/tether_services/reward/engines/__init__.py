@@ -14,7 +14,7 @@ def build_engine(
     if component.engine == "fake":
         from tether_services.reward.engines.fake import FakeRewardEngine
 
-        return FakeRewardEngine(codec)
+        return FakeRewardEngine(codec, salt=component.salt)
     if component.engine == "rules":
         from tether_services.reward.engines.rules import RulesEngine
 
