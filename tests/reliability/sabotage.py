@@ -292,6 +292,14 @@ def _take_out_reload() -> None:
     _set(Reloaded, "refresh", lambda self: self.value)
 
 
+def _take_out_fairness() -> None:
+    """The queue does not know whose items wait in it."""
+    from tether_services.runtime import batching
+    from tether_services.runtime.callers import ANONYMOUS
+
+    _set(batching, "current_caller", lambda: ANONYMOUS)
+
+
 SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "hash": _take_out_hash,
     "checks": _take_out_checks,
@@ -312,4 +320,5 @@ SABOTAGES: Final[dict[str, Callable[[], None]]] = {
     "leak": _leak,
     "sizes": _take_out_sizes,
     "reload": _take_out_reload,
+    "fairness": _take_out_fairness,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -10,6 +11,8 @@ from tests.reliability.fork_server import OUT_OF_REACH
 
 __all__ = ["TRAITS", "WIDE_UNIT_BYTES", "wide_shapes"]
 
+SLOW_SECONDS: Final = 0.005
+"""Of a score of the slow fake reward engine."""
 WIDE_UNIT: Final = 8192
 WIDE_RANK: Final = 16
 WIDE_UNIT_BYTES: Final = 4 * 2 * WIDE_UNIT * WIDE_RANK
@@ -47,6 +50,21 @@ def _have_prefix_cache() -> None:
     FakeEngine.generate = generate_cached  # type: ignore[method-assign]
 
 
+def _be_slow() -> None:
+    """Scores of the fake reward engine take a while each, one after the other, as on a device that is busy."""
+    from tether.errors import TetherError
+    from tether_services.reward.engine import ScoreTask
+    from tether_services.reward.engines.fake import FakeRewardEngine
+
+    score = FakeRewardEngine.score
+
+    async def score_slowly(self: FakeRewardEngine, tasks: Sequence[ScoreTask]) -> list[float | TetherError]:
+        await asyncio.sleep(SLOW_SECONDS * len(tasks))
+        return await score(self, tasks)
+
+    FakeRewardEngine.score = score_slowly  # type: ignore[method-assign]
+
+
 def _be_out_of_reach() -> None:
     """A worker that is replaced cannot be ended by the orchestrator, as if it ran on another machine."""
     from tether_services.orchestrator import supervisor
@@ -59,5 +77,6 @@ TRAITS: Final[dict[str, Callable[[], None]]] = {
     "wide": lambda: _have_wide_layers(8),
     "very wide": lambda: _have_wide_layers(300),
     "prefix cache": _have_prefix_cache,
+    "slow": _be_slow,
     OUT_OF_REACH: _be_out_of_reach,
 }

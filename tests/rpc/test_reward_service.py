@@ -235,8 +235,9 @@ def test_a_full_queue_refuses_with_a_delay_and_the_service_recovers() -> None:
         waiting = [asyncio.create_task(client.score([ScoreItem(response="x")] * 4)) for _ in range(2)]
         while served.value("tether_reward_queue_depth") != 4:
             await asyncio.sleep(0.01)
-        with pytest.raises(ResourceExhaustedError) as caught:
-            await client.score([ScoreItem(response="x")])
+        async with RewardClient(served.target, retries=False) as impatient:
+            with pytest.raises(ResourceExhaustedError) as caught:
+                await impatient.score([ScoreItem(response="x")])
         assert caught.value.retry_after_seconds == 1.0
         assert await health(served.target, SERVICE_NAME) == 1
         assert served.value("tether_reward_rejected_total", reason="queue_full") == 1
@@ -257,8 +258,9 @@ def test_a_call_without_room_is_refused_before_it_is_read() -> None:
         waiting = [asyncio.create_task(client.score([ScoreItem(response="x")] * 4)) for _ in range(2)]
         while served.value("tether_reward_queue_depth") != 4:
             await asyncio.sleep(0.01)
-        with pytest.raises(ResourceExhaustedError):
-            await client.score(unreadable)
+        async with RewardClient(served.target, retries=False) as impatient:
+            with pytest.raises(ResourceExhaustedError):
+                await impatient.score(unreadable)
         reward_rules.GATE.set()
         await asyncio.gather(*waiting)
 

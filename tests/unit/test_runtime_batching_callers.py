@@ -139,8 +139,10 @@ def test_the_training_lane_has_its_share_of_every_batch_and_more_where_others_wa
             toy.call(caller(f"flood-{number}"), 30)
         toy.call(TRAINER, 100)
         await asyncio.sleep(0)
-        await toy.execute(2)
-        assert [Counter(batch)["trainer"] for batch in toy.batches[1:3]] == [expected] * 2
+        await toy.execute(4)
+        served = [Counter(batch)["trainer"] for batch in toy.batches[1:5]]
+        assert sum(served) == pytest.approx(4 * expected, abs=2)
+        assert all(abs(number - expected) <= 1 for number in served)
 
     run(scenario, max_items=16, training_share=share)
 

@@ -79,6 +79,44 @@ def test_being_away_earns_no_credit_and_coming_back_forgives_no_debt() -> None:
     assert take(queue, 20) == ["a"] * 20
 
 
+def test_by_its_credit_a_call_of_somebody_who_uses_little_is_served_whole() -> None:
+    def order(credit_tokens: int) -> list[str]:
+        queue = FairQueue[str](training_share=0.5, credit_tokens=credit_tokens)
+        push(queue, A, 100)
+        take(queue, 30)
+        push(queue, B, 8)
+        return take(queue, 16)
+
+    assert order(20) == ["b"] * 8 + ["a"] * 8
+    assert Counter(order(0)[:8]) == {"a": 4, "b": 4}, "the control: without credit they take turns"
+
+
+def test_a_credit_is_earned_once_and_bounded() -> None:
+    queue = FairQueue[str](training_share=0.5, credit_tokens=20)
+    push(queue, A, 2000)
+    take(queue, 500)
+    push(queue, B, 300)
+    assert 20 <= take(queue, 100).count("b") - 40 <= 22, "20 of credit, and half of the others"
+    assert Counter(take(queue, 100)) == {"a": 50, "b": 50}, "then it is used up"
+    queue = FairQueue[str](training_share=0.5, credit_tokens=20)
+    push(queue, A, 50)
+    push(queue, B, 50)
+    assert Counter(take(queue, 40)) == {"a": 20, "b": 20}, "nobody begins with one"
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_credit_of_callers_never_takes_the_share_of_the_other_lane_for_long(share: float) -> None:
+    queue = FairQueue[str](training_share=share, credit_tokens=50)
+    push(queue, TRAINER, 5000)
+    push(queue, A, 5000)
+    served: Counter[str] = Counter()
+    for _ in range(100):
+        push(queue, B, 10)  # always less than a fair share, so always with credit
+        served.update(take(queue, 50))
+    assert served["trainer"] == pytest.approx(5000 * share, abs=50 / (1 - share) + 50)
+    assert served["b"] == 1000, "all that it asked for"
+
+
 def test_shares_are_of_tokens_and_follow_the_weights() -> None:
     queue = FairQueue[str](training_share=0.5)
     heavy = caller("heavy", weight=3.0)

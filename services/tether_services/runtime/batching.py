@@ -50,6 +50,8 @@ class BatchSettings(Settings):
     training_share: float = Field(default=0.5, ge=0.05, le=0.95)
     """Part of the executed tokens that callers of the training lane get while both lanes wait; what they do not use
     goes to the others."""
+    credit_tokens: int = Field(default=4096, ge=0)
+    """Tokens, times its weight, that are served ahead to a caller that has used less than its fair share lately."""
     mix_calls: bool = True
     """Whether items of several calls share a batch; false is slower, and bit-identical whatever else is in flight."""
 
@@ -99,7 +101,9 @@ class Batcher(Generic[ItemT, ResultT]):
         self._run = run
         self._settings = settings
         self._metrics = metrics
-        self._queue = FairQueue[_Entry[ItemT, ResultT]](training_share=settings.training_share)
+        self._queue = FairQueue[_Entry[ItemT, ResultT]](
+            training_share=settings.training_share, credit_tokens=settings.credit_tokens
+        )
         self._room = Room(limit=settings.queue_limit, caller_share=settings.caller_share)
         self._drain = DrainRate()
         self._arrived = asyncio.Event()

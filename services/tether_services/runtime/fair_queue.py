@@ -1,11 +1,14 @@
 """Who is served next: start-time fair queueing by tokens, between two lanes and between the callers of each.
 
 Every caller has a tag, the tokens served to it so far divided by its weight, and the one with the smallest tag is next.
-A caller that begins to wait takes at least the smallest tag of those that wait already: being away earns nothing, and a
-newcomer is next however much the others have queued. The two lanes share in the same way, with the shares as weights.
+The largest tag that was ever next is the time of the lane. A caller that begins to wait takes at least that time less a
+credit: being away earns no more than that, and a newcomer is next however much the others have queued. By the credit
+a call of many items of somebody who uses less than a fair share is served at once and whole, and not item by item in
+turn with those who flood the queue. The two lanes share in the same way, with the shares as weights; a lane is
+preferred by the credit of its next caller, which over time only changes whose turn it is within the lane.
 No clock and no input or output; all of it is O(log callers) per item.
 
-Source: Goyal, Vin and Cheng 1996, "Start-time fair queueing", algorithm SFQ, used at both levels.
+Source: Goyal, Vin and Cheng 1996, "Start-time fair queueing", algorithm SFQ, used at both levels; the credit is ours.
 """
 
 from __future__ import annotations
@@ -78,7 +81,10 @@ class _Lane(Generic[ValueT]):
     """The callers that share one reserved part of the service."""
 
     share: float
+    credit_tokens: int
     tag: float = 0.0
+    time: float = 0.0
+    """Largest tag of a caller that was next in this busy period."""
     size: int = 0
     tokens: int = 0
     flows: dict[str, _Flow[ValueT]] = field(default_factory=dict)
@@ -90,15 +96,21 @@ class _Lane(Generic[ValueT]):
         """Return the flow of a caller that begins or goes on to wait."""
         if not self.heap:
             self.flows.clear()  # a new busy period: what was served before it no longer counts
-        now = self.heap[0][0] if self.heap else 0.0
+            self.time = 0.0
+        earliest = self.time - self.credit_tokens
         if len(self.flows) > 2 * len(self.heap) + _IDLE_FLOWS:
-            self.flows = {name: flow for name, flow in self.flows.items() if flow.in_heap or flow.tag > now}
-        flow = self.flows.setdefault(caller.name, _Flow(caller.weight, now))
+            self.flows = {name: flow for name, flow in self.flows.items() if flow.in_heap or flow.tag > earliest}
+        flow = self.flows.setdefault(caller.name, _Flow(caller.weight, 0.0))
         flow.weight = caller.weight
         if not flow.in_heap:
-            flow.tag = max(flow.tag, now)
+            flow.tag = max(flow.tag, earliest)
             self.enter(flow, number=number)
         return flow
+
+    def urgency(self) -> float:
+        """Return what decides between lanes, smallest first: the tag, less what the next caller has to its credit."""
+        flow = self.heap[0][2]
+        return self.tag - (self.time - flow.tag) / self.share
 
     def enter(self, flow: _Flow[ValueT], *, number: int) -> None:
         flow.in_heap = True
@@ -108,15 +120,16 @@ class _Lane(Generic[ValueT]):
 class FairQueue(Generic[ValueT]):
     """Items of many callers, taken in fair order."""
 
-    def __init__(self, *, training_share: float) -> None:
+    def __init__(self, *, training_share: float, credit_tokens: int = 0) -> None:
         """Build an empty queue.
 
         Args:
             training_share: Part of the tokens that the training lane gets while both lanes wait, above 0 and below 1.
+            credit_tokens: Tokens, per weight, that are served ahead to a caller that has used less than its share.
         """
         self._lanes: dict[str, _Lane[ValueT]] = {
-            "training": _Lane(training_share),
-            "shared": _Lane(1.0 - training_share),
+            "training": _Lane(training_share, credit_tokens),
+            "shared": _Lane(1.0 - training_share, credit_tokens),
         }
         self._number = 0
 
@@ -177,7 +190,7 @@ class FairQueue(Generic[ValueT]):
         passed_over: list[tuple[_Lane[ValueT], int, _Flow[ValueT]]] = []
         left = max_tokens
         while len(batch) < max_items and (left > 0 or not batch):
-            lane = min((lane for lane in self._lanes.values() if lane.heap), key=lambda lane: lane.tag, default=None)
+            lane = min((lane for lane in self._lanes.values() if lane.heap), key=_Lane.urgency, default=None)
             if lane is None:
                 break
             _, number, flow = heappop(lane.heap)
@@ -187,6 +200,7 @@ class FairQueue(Generic[ValueT]):
                 passed_over.append((lane, number, flow))
                 continue
             self.discard(ticket)
+            lane.time = max(lane.time, flow.tag)
             flow.tag += ticket.tokens / flow.weight
             lane.tag += ticket.tokens / lane.share
             left -= ticket.tokens
@@ -209,7 +223,7 @@ class FairQueue(Generic[ValueT]):
         """Take everything out."""
         for lane in self._lanes.values():
             lane.size = lane.tokens = 0
-            lane.tag = 0.0
+            lane.tag = lane.time = 0.0
             for flow in lane.flows.values():
                 flow.groups.clear()
             lane.flows.clear()
