@@ -116,8 +116,9 @@ def test_a_queue_without_room_refuses_with_a_delay() -> None:
         waiting = asyncio.create_task(client.compute_logprobs([LogprobItem([1], [2])] * 2))
         while served.value("tether_reference_queue_depth") != 2:
             await asyncio.sleep(0.005)
-        with pytest.raises(ResourceExhaustedError) as caught:
-            await client.compute_logprobs([LogprobItem([1], [2])])
+        async with ReferenceClient(served.target, retries=False) as impatient:
+            with pytest.raises(ResourceExhaustedError) as caught:
+                await impatient.compute_logprobs([LogprobItem([1], [2])])
         assert caught.value.retry_after_seconds == 1.0
         assert len((await waiting).items) == 2
 

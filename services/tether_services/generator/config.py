@@ -26,6 +26,7 @@ IGNORED_KEYS = {
         "batch.max_delay_seconds",
         "batch.mix_calls",
         "batch.training_share",
+        "batch.credit_tokens",
     ),
     "transformers": ("gpu_memory_utilization", "fake_token_seconds"),
     "vllm": ("device", "fake_token_seconds", "batch.max_tokens", "batch.max_delay_seconds", "batch.mix_calls"),

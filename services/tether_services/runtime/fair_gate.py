@@ -11,15 +11,16 @@ from tether_services.runtime.fair_queue import FairQueue
 class FairGate:
     """As many may be inside as there are places; who waits is let in by `fair_queue`."""
 
-    def __init__(self, num_places: int, *, training_share: float) -> None:
+    def __init__(self, num_places: int, *, training_share: float, credit_tokens: int = 0) -> None:
         """Build an empty gate.
 
         Args:
             num_places: How many may be inside.
             training_share: Part of the tokens let in that the training lane gets while both lanes wait.
+            credit_tokens: As in `FairQueue`.
         """
         self._num_free = num_places
-        self._queue = FairQueue[asyncio.Future[None]](training_share=training_share)
+        self._queue = FairQueue[asyncio.Future[None]](training_share=training_share, credit_tokens=credit_tokens)
 
     async def enter(self, *, tokens: int) -> None:
         """Return when the current caller has a place, for work of so many tokens; `leave` gives it back.

@@ -70,7 +70,8 @@ class VllmEngine:
     def __init__(self, settings: GeneratorSettings, queue: QueueMetrics) -> None:
         self._settings = settings
         self._queue = queue
-        self._gate = FairGate(settings.batch.max_items, training_share=settings.batch.training_share)
+        batch = settings.batch
+        self._gate = FairGate(batch.max_items, training_share=batch.training_share, credit_tokens=batch.credit_tokens)
         # One thread for the life of the engine: the child process is told to die with the thread that started it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._numbers = itertools.count()
