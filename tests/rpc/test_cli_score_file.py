@@ -163,6 +163,9 @@ def test_a_row_that_cannot_be_scored_is_written_with_its_error_and_changes_the_s
         ('{"prompt_token_ids": [1], "response_token_ids": [1.5]}', "response_token_ids is not a list of whole"),
         ('{"prompt_token_ids": [true], "response_token_ids": [1]}', "prompt_token_ids is not a list of whole"),
         ('{"prompt": "a", "response": "b", "weight": NaN}', "NaN is no JSON"),
+        ('{"prompt": "a", "response": "b", "weight": 1e999}', "a number is too large"),
+        ('{"prompt": "a", "response": "b", "prompt": "c"}', "'prompt' is there twice"),
+        ('{"prompt": "a", "response": "b", "meta": {"n": 1, "n": 2}}', "'n' is there twice"),
         ('{"prompt": "a", "response": "b", "score": 1, "input_score": 2}', "rename one"),
         ("[" * 100_000, "nested too deep"),
         (b"\xff\xfe", "not UTF-8"),
@@ -218,6 +221,19 @@ def test_resuming_makes_the_same_file_as_one_go(cut: str, tmp_path: Path) -> Non
         assert score(rows, "--output", out, "--resume", target=target) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert sum(count for count, _ in servicer.sizes) == 95 - kept, "no row is scored twice"
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 30, 66, 90, 94])
+def test_rows_that_cannot_be_sent_are_the_same_after_resuming(num_kept: int, target: str, tmp_path: Path) -> None:
+    """Neither the message nor the model of such a row depends on the call that it would have been in."""
+    rows = pairs(95)
+    for index in (*range(70), 80, 93, 94):  # a whole call of them first, and nothing else in the end
+        rows[index] = {"prompt": "half", "response": "\ud800"}
+    given, whole, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "whole", tmp_path / "out"
+    assert score(given, "--output", whole, target=target) == 1
+    out.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:num_kept]))
+    assert score(given, "--output", out, "--resume", target=target) == 1
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_resuming_reads_past_the_rows_that_are_done_on_stdin_too(

@@ -193,7 +193,7 @@ class ScoreStream:
         self._num_delivered += 1
         if score.error is not None:
             score = replace(score, error=_at(score.error, index))
-        by = origin or self._origin or _Origin()
+        by = origin or _Origin()  # what no model has judged does not depend on who answered others before
         return ScoredItem(index, score, by.model, by.version, by.model_sha256)
 
     async def _score(self, slots: Sequence[_Slot]) -> list[_Answer]:

@@ -92,7 +92,7 @@ class ScoredItem:
     score: ItemScore
     """The judgement, or why there is none."""
     model: str
-    """Name of the model; empty if the item was never sent and none has answered yet."""
+    """Name of the model; empty if none has judged the item, since it cannot be sent or a call failed for it."""
     version: str
     """Its version."""
     model_sha256: str

@@ -72,7 +72,7 @@ def request_field(field: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidArgumentError(f"{field} does not fit its type: {error}", field=field) from None
+        raise InvalidArgumentError(f"A value does not fit its type: {error}", field=field) from None
 
 
 def _build(

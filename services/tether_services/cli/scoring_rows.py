@@ -43,7 +43,7 @@ class OutputRow:
     sha256: str
     """Of the row's line."""
     model: str
-    """Name of the model; empty if the row was never sent."""
+    """Name of the model; empty if none has judged the row."""
     version: str
     """Its version."""
     failed: bool
@@ -86,7 +86,7 @@ def _read_row(line: bytes) -> InputRow:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(line, parse_constant=_refuse)
+        values = json.loads(line, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except RecursionError:
@@ -100,6 +100,24 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """Return a number, unless it would be carried over as Infinity, which is no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large; write it as a text")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object none of whose keys is there twice: readers differ in which one counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.40} is there twice")
+    return values
 
 
 def _item(form: tuple[str, ...], values: Mapping[str, Any]) -> ScoreItem:
