@@ -15,6 +15,7 @@ from tests.rpc.scripted_server import serving as scripted
 from tests.rpc.serving import LOCAL, run, serving
 from tether.errors import ResourceExhaustedError, UnauthenticatedError, UnavailableError, UnimplementedError
 from tether.v1 import reward_pb2, reward_pb2_grpc
+from tether_services.bench.checking import FAKE_MODEL_SHA256
 from tether_services.bench.plan import CallerPlan, ItemPlan, LoadPlan
 from tether_services.bench.report import CallerReport, LoadReport
 from tether_services.bench.run import Progress, run_load
@@ -36,7 +37,9 @@ class Scripted(reward_pb2_grpc.RewardServiceServicer):
         self.tokens: Counter[str] = Counter()
 
     async def ListRewardModels(self, request: Any, context: Any) -> reward_pb2.ListRewardModelsResponse:
-        model = reward_pb2.RewardModel(name="default", version="1", engine="fake", max_items=64, default_model=True)
+        model = reward_pb2.RewardModel(
+            name="default", version="1", engine="fake", model_sha256=FAKE_MODEL_SHA256, max_items=64, default_model=True
+        )
         return reward_pb2.ListRewardModelsResponse(models=[model])
 
     async def Compare(self, request: Any, context: Any) -> reward_pb2.CompareResponse:
@@ -249,9 +252,21 @@ def test_every_answer_of_the_fake_engine_is_checked_by_the_oracle(form: Any) -> 
     assert report.total.token_goodput >= 32 * report.total.item_goodput
 
 
+def test_a_fake_engine_with_a_salt_has_no_oracle_and_is_not_called_wrong() -> None:
+    component = {"engine": "fake", "name": "score", "salt": "s"}
+    report = load_service(
+        {"models": [{"name": "other", "components": [component]}]},
+        CallerPlan("a", 60),
+        duration_seconds=0.3,
+        items=ItemPlan(repeat_share=0.5),
+    )
+    assert report.passed and report.total.num_wrong == 0
+    assert report.checks.num_by_oracle == 0 < report.checks.num_by_repeat
+
+
 def test_a_scorer_that_is_wrong_once_in_twenty_items_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sabotaged(prompt: Any, response: Any) -> float:
-        return fake_score(prompt, response) + (1e-3 if sum(response) % 20 == 0 else 0.0)
+    def sabotaged(prompt: Any, response: Any, *, salt: str) -> float:
+        return fake_score(prompt, response, salt=salt) + (1e-3 if sum(response) % 20 == 0 else 0.0)
 
     monkeypatch.setattr(fake, "fake_score", sabotaged)
     report = load_service({"engine": "fake"}, CallerPlan("a", 300), duration_seconds=1.0)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.rpc.certificates import authority, tls_files
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.serving import LOCAL, serving
+from tests.rpc.token_inputs import add_token
 from tether_services.cli.main import main
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engines import fake
@@ -34,6 +36,20 @@ def target() -> Iterator[str]:
         yield address
 
 
+@asynccontextmanager
+async def secured_service(folder: Path) -> AsyncIterator[str]:
+    """Serve with TLS, and the tokens of two callers in polite.token and busy.token; busy may call twice a second."""
+    files = tls_files(folder)
+    (folder / "ca.pem").write_bytes(authority().root)
+    for name, rate in (("polite", None), ("busy", 2.0)):
+        token = add_token(folder / "tokens.toml", name=name, requests_per_second=rate)
+        (folder / f"{name}.token").write_text(f"{token}\n")
+    secured = {"tls": files.settings(), "tokens_file": str(folder / "tokens.toml")}
+    settings = RewardSettings.model_validate(LOCAL | secured | {"engine": "fake"})
+    async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
+        yield served.target
+
+
 def bench(target: str, *arguments: str) -> int:
     return main(["bench", "score", "--address", target, "--duration", "0.3", *arguments])
 
@@ -45,6 +61,31 @@ def test_a_load_prints_tables_and_its_own_honesty(target: str, capsys: pytest.Ca
                   "scores by the oracle", "share"):  # fmt: skip
         assert words in shown
     assert max(map(len, shown.splitlines())) < 200
+
+
+def test_a_secured_service_is_loaded_with_the_credentials_of_every_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token, ca = str(tmp_path / "polite.token"), str(tmp_path / "ca.pem")
+    with in_thread(lambda: secured_service(tmp_path)) as secured:
+        callers = ["--caller", f"polite=50:{token}", "--caller", f"busy=50:{tmp_path / 'busy.token'}"]
+        assert bench(secured, *callers, "--ca-file", ca, "--json") == 0
+        polite, busy = json.loads(capsys.readouterr().out)["callers"]
+        assert (polite["num_ok"], polite["num_rejected"]) == (15, 0), "nobody else's quota is its own"
+        assert busy["num_rejected"] >= 10 and {each["reason"] for each in busy["rejections"]} == {"QUOTA_REQUESTS"}
+        assert bench(secured, "--rate", "50", "--token-file", token, "--ca-file", ca) == 0
+        assert bench(secured, "--rate", "50", "--ca-file", ca) == 1
+        assert "TOKEN_MISSING" in capsys.readouterr().out
+        monkeypatch.setenv("TETHER_TOKEN_FILE", token)
+        monkeypatch.setenv("TETHER_CA_FILE", ca)
+        assert bench(secured, "--rate", "50") == 0
+
+
+def test_a_token_does_not_leave_the_machine_unencrypted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "token").write_text("hush")
+    assert bench("192.0.2.1:1", "--rate", "1", "--token-file", str(tmp_path / "token")) == 1
+    shown = capsys.readouterr().err
+    assert "PLAINTEXT_TOKEN" in shown and "hush" not in shown
 
 
 def test_json_is_the_document_alone(target: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +100,7 @@ def test_json_is_the_document_alone(target: str, capsys: pytest.CaptureFixture[s
 def test_a_wrong_answer_is_exit_status_1(
     target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fake, "fake_score", lambda prompt, response: 0.5)
+    monkeypatch.setattr(fake, "fake_score", lambda prompt, response, *, salt: 0.5)
     assert bench(target, "--rate", "50") == 1
     assert "answers were wrong" in capsys.readouterr().out
 

@@ -128,11 +128,23 @@ def open_channel(
         InvalidArgumentError: A file is of no use, or PLAINTEXT_TOKEN.
     """
     credentials = Credentials(target, token=token, tls=tls, allow_plaintext_token=allow_plaintext_token)
-    return _open_channel(target, credentials, retries=retries)
+    return channel_with(credentials, target, retries=retries)
 
 
-def _open_channel(target: str, credentials: Credentials, *, retries: bool) -> grpc.aio.Channel:
+def channel_with(
+    credentials: Credentials, target: str, *, retries: bool = True, own_connection: bool = False
+) -> grpc.aio.Channel:
+    """Return a channel that shows credentials, bound to the running event loop.
+
+    Args:
+        credentials: Token and TLS files, made for the same target.
+        target: Where to call.
+        retries: As in ServiceClient.
+        own_connection: Share the connection with no other channel of this process.
+    """
     options = [*channel_options(retries=retries), *credentials.options]
+    if own_connection:
+        options.append(("grpc.use_local_subchannel_pool", 1))
 
     def open_with(held: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
         if held is None:
@@ -241,7 +253,7 @@ class ServiceClient:
     def _channel(self) -> grpc.aio.Channel:
         self._check_open()
         if self._opened is None:
-            self._opened = _open_channel(self.target, self._credentials, retries=self._retries)
+            self._opened = channel_with(self._credentials, self.target, retries=self._retries)
         return self._opened
 
     def _check_open(self) -> None:

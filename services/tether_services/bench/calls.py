@@ -9,11 +9,12 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from tether.channel import channel_options
+from tether.channel import channel_with
+from tether.credentials import Credentials
 from tether.errors import PermissionDeniedError, UnauthenticatedError
 from tether.status import from_rpc_error
 from tether.v1 import reward_pb2, reward_pb2_grpc
-from tether_services.bench.plan import BenchItem, LoadPlan
+from tether_services.bench.plan import BenchItem, CallerPlan, LoadPlan
 
 ResultT = TypeVar("ResultT")
 
@@ -21,13 +22,11 @@ ResultT = TypeVar("ResultT")
 class ScoreCalls:
     """One caller's connection to a reward service. Nothing is repeated: a call that fails has failed."""
 
-    def __init__(self, target: str, *, token: str) -> None:
+    def __init__(self, target: str, *, credentials: Credentials) -> None:
         """Open the connection; it is shared with no other caller, as those of different programs are not."""
-        options = [*channel_options(retries=False), ("grpc.use_local_subchannel_pool", 1)]
         self._target = target
-        self._channel = grpc.aio.insecure_channel(target, options=options)
+        self._channel = channel_with(credentials, target, retries=False, own_connection=True)
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
 
     async def close(self) -> None:
         """Close the connection."""
@@ -39,7 +38,7 @@ class ScoreCalls:
         Raises:
             TetherError: The call failed; the narrowest class says why.
         """
-        call = self._stub.Score(request, timeout=timeout_seconds, metadata=self._metadata)
+        call = self._stub.Score(request, timeout=timeout_seconds)
         return await self._typed(call, timeout_seconds)
 
     async def list_models(self, *, timeout_seconds: float) -> list[reward_pb2.RewardModel]:
@@ -51,7 +50,7 @@ class ScoreCalls:
         found: list[reward_pb2.RewardModel] = []
         request = reward_pb2.ListRewardModelsRequest()
         while True:
-            call = self._stub.ListRewardModels(request, timeout=timeout_seconds, metadata=self._metadata)
+            call = self._stub.ListRewardModels(request, timeout=timeout_seconds)
             try:
                 page = await self._typed(call, timeout_seconds)
             except (UnauthenticatedError, PermissionDeniedError):  # its calls are refused as well, and counted
@@ -66,6 +65,15 @@ class ScoreCalls:
             return await call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, target=self._target, timeout_seconds=timeout_seconds) from None
+
+
+def credentials_of(caller: CallerPlan, plan: LoadPlan) -> Credentials:
+    """Return what a caller shows.
+
+    Raises:
+        InvalidArgumentError: A file is of no use, or PLAINTEXT_TOKEN.
+    """
+    return Credentials(plan.target, token=caller.token, tls=plan.tls, allow_plaintext_token=plan.allow_plaintext_token)
 
 
 async def ask_for_models(calls: Sequence[ScoreCalls], *, timeout_seconds: float) -> list[reward_pb2.RewardModel]:

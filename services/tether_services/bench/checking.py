@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Final
 from tether.status import BY_NUMBER
 from tether.v1 import reward_pb2
 from tether_services.bench.plan import BenchItem
-from tether_services.reward.engines.fake import fake_score, fake_text_score
+from tether_services.reward.engines.fake import FAKE_REWARD_SHA256, fake_score, fake_text_score
 
 TOLERANCE: Final = 1e-5
 """Between answers to the same item: what sharing a batch may change a score by, absolute or relative."""
@@ -20,14 +21,16 @@ ORACLE_TOLERANCE: Final = 1e-9
 REMEMBERED_ITEMS: Final = 65_536
 """Scores remembered for comparison; the oldest make room."""
 MAX_EXAMPLES: Final = 5
+FAKE_MODEL_SHA256: Final = hashlib.sha256(f"score 1.0 1.0 0.0 {FAKE_REWARD_SHA256}\n".encode()).hexdigest()
+"""Content hash of a model that is the fake engine alone, without a salt: `hash_components` of the reward service."""
 
 Oracle = Callable[[BenchItem], float]
 """The raw value that an item must get from each component."""
 
 
 def find_oracle(model: reward_pb2.RewardModel) -> Oracle | None:
-    """Return the oracle of a model; None where its scores cannot be foretold."""
-    return fake_oracle if model.engine == "fake" else None
+    """Return the oracle of a model; None where its scores cannot be foretold, as those of a fake with a salt."""
+    return fake_oracle if model.engine == "fake" and model.model_sha256 == FAKE_MODEL_SHA256 else None
 
 
 def fake_oracle(item: BenchItem) -> float:

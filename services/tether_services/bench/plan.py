@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from tether.credentials import Tls, Token
 from tether.errors import FieldViolation, InvalidArgumentError
 
 MAX_CALLERS: Final = 64
@@ -43,8 +44,8 @@ class CallerPlan:
     """How the report names it."""
     rate: float
     """Calls per second that are due, whatever becomes of them; 0 calls again as soon as an answer is there."""
-    token: str = field(default="", repr=False)
-    """What it identifies itself with; empty sends none."""
+    token: Token = field(default=None, repr=False)
+    """What it identifies itself with, or the file that holds it; None takes the environment's, "" sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,10 @@ class LoadPlan:
     """Its version; empty: whichever is served."""
     items: ItemPlan = ItemPlan()
     """What the calls carry."""
+    tls: Tls = None
+    """Files of TLS of all callers; None takes the environment's, False is none."""
+    allow_plaintext_token: bool = False
+    """Whether tokens may go to another machine without TLS."""
 
 
 def check_plan(plan: LoadPlan) -> None:
@@ -128,8 +133,6 @@ def _check_callers(plan: LoadPlan) -> list[FieldViolation]:
             found.append(FieldViolation("callers.name", f"{caller.name[:64]!r} is taken, empty or no short plain word"))
         names.add(caller.name)
         found += _check_range(f"callers.{caller.name}.rate", caller.rate, above=None, most=MAX_RATE)
-        if not (caller.token.isascii() and caller.token.isprintable()):  # never shown
-            found.append(FieldViolation(f"callers.{caller.name}.token", "has characters that no token has"))
     planned = sum(caller.rate for caller in plan.callers) * plan.duration_seconds
     if not found and planned > plan.max_calls:
         text = f"rates and duration make {planned:.0f} calls, more than {plan.max_calls}; raise it or send less"

@@ -11,7 +11,7 @@ from typing import Final
 
 from tether.errors import TetherError
 from tether.v1 import reward_pb2
-from tether_services.bench.calls import ScoreCalls, ask_for_models, choose_model, write_request
+from tether_services.bench.calls import ScoreCalls, ask_for_models, choose_model, credentials_of, write_request
 from tether_services.bench.checking import AnswerChecker
 from tether_services.bench.findings import Outcome, build_report
 from tether_services.bench.items import ItemSource
@@ -63,7 +63,8 @@ async def run_load(
         TetherError: The service cannot be reached before anything is sent.
     """
     check_plan(plan)
-    calls = [ScoreCalls(plan.target, token=caller.token) for caller in plan.callers]
+    shown = [credentials_of(caller, plan) for caller in plan.callers]
+    calls = [ScoreCalls(plan.target, credentials=credentials) for credentials in shown]
     try:
         models = await ask_for_models(calls, timeout_seconds=plan.deadline_seconds)
         load = _Load(plan, calls, models)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from tether.errors import InvalidArgumentError
+from tether_services.cli.connection import add_credentials, credential_options
 
 if TYPE_CHECKING:
     from tether_services.bench.plan import CallerPlan, LoadPlan
@@ -31,11 +32,10 @@ examples:
   tether bench score --address 127.0.0.1:50052 --rate 200 --duration 30
   tether bench score --address 127.0.0.1:50052 --closed --concurrency 16
   tether bench score --address 127.0.0.1:50052 --caller polite=20:polite.token --caller busy=200:busy.token --json
+  tether bench score --address reward.example.org:50052 --rate 200 --token-file token --ca-file ca.pem
 """
 PICTURE_ENDINGS = (".svg", ".png")
 INTERRUPTED_EXIT_CODE = 130
-MAX_TOKEN_BYTES = 8192
-"""Of a token file; a larger one is some other file."""
 PIPED_WIDTH = 160
 
 
@@ -54,6 +54,7 @@ def add_bench(commands: Commands) -> None:
     _add_callers(inner)
     _add_limits(inner)
     _add_items(inner)
+    add_credentials(inner)
     inner.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
     inner.add_argument("--report", type=Path, metavar="FILE", help="also draw a picture: FILE.svg or FILE.png")
     inner.set_defaults(run=bench_score)
@@ -70,9 +71,6 @@ def _add_callers(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=RATE[:TOKEN_FILE]",
         help="one of several callers at once, with its own rate and token; repeatable",
-    )
-    parser.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="token of the one caller of --rate and --closed"
     )
     parser.add_argument(
         "--arrivals", choices=("constant", "poisson"), default="constant", help="gaps between calls (constant)"
@@ -142,6 +140,7 @@ def read_plan(known: argparse.Namespace) -> LoadPlan:
     from tether_services.bench.plan import ItemPlan, LoadPlan, check_plan
 
     shortest, longest = read_range(known.tokens)
+    shown = credential_options(known)
     plan = LoadPlan(
         known.address,
         callers=_read_callers(known),
@@ -161,6 +160,8 @@ def read_plan(known: argparse.Namespace) -> LoadPlan:
             repeat_share=known.repeat_share,
             given=read_items(known.items) if known.items else (),
         ),
+        tls=shown["tls"],
+        allow_plaintext_token=shown["allow_plaintext_token"],
     )
     check_plan(plan)
     return plan
@@ -184,8 +185,7 @@ def _read_callers(known: argparse.Namespace) -> tuple[CallerPlan, ...]:
             message = "--token-file would be ignored beside --caller: write NAME=RATE:TOKEN_FILE."
             raise InvalidArgumentError(message, field="--token-file", reason="INVALID_CONFIG")
         return tuple(read_caller(text) for text in known.caller)
-    token = read_token(known.token_file) if known.token_file else ""
-    return (CallerPlan("caller", known.rate or 0.0, token),)
+    return (CallerPlan("caller", known.rate or 0.0, known.token_file),)
 
 
 def read_caller(text: str) -> CallerPlan:
@@ -195,26 +195,10 @@ def read_caller(text: str) -> CallerPlan:
     name, _, rest = text.partition("=")
     rate, _, file = rest.partition(":")
     try:
-        return CallerPlan(name, float(rate), read_token(Path(file)) if file else "")
+        return CallerPlan(name, float(rate), Path(file) if file else None)
     except ValueError:
         message = f"{text!r} is not NAME=RATE or NAME=RATE:TOKEN_FILE."
         raise InvalidArgumentError(message, field="--caller", reason="INVALID_CONFIG") from None
-
-
-def read_token(path: Path) -> str:
-    """Return the one word of a file; an error never shows it."""
-    try:
-        with path.open("rb") as file:
-            words = file.read(MAX_TOKEN_BYTES + 1).decode("ascii").split()
-    except OSError as error:
-        message = f"Cannot read {path}: {error.strerror}."
-        raise InvalidArgumentError(message, field="token_file", reason="INVALID_CONFIG") from error
-    except UnicodeDecodeError:
-        words = []
-    if len(words) != 1 or len(words[0]) > MAX_TOKEN_BYTES:
-        message = f"{path} holds no token: one word of at most {MAX_TOKEN_BYTES} plain characters."
-        raise InvalidArgumentError(message, field="token_file", reason="INVALID_CONFIG")
-    return words[0]
 
 
 async def _run(plan: LoadPlan) -> LoadReport:
