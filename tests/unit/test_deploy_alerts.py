@@ -16,6 +16,8 @@ from tests.rpc.certificates import tls_files
 from tests.rpc.token_inputs import add_token
 from tether_services.generator.metrics import GeneratorMetrics
 from tether_services.orchestrator.metrics import OrchestratorMetrics
+from tether_services.reference.metrics import ReferenceMetrics
+from tether_services.reward.metrics import RewardMetrics
 from tether_services.runtime.access import Access
 from tether_services.runtime.settings import ServerSettings
 
@@ -37,12 +39,14 @@ def promtool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def exported(folder: Path) -> str:
-    registries = CollectorRegistry(), CollectorRegistry(), CollectorRegistry()
+    registries = [CollectorRegistry() for _ in range(5)]
     OrchestratorMetrics(registries[0])
     GeneratorMetrics(registries[1], queue_limit=1)
     add_token(folder / "tokens.toml")
     given = {"tls": tls_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
     Access(ServerSettings.model_validate(given), "reward", registries[2])
+    RewardMetrics(registries[3], queue_limit=1)
+    ReferenceMetrics(registries[4], queue_limit=1)
     return "".join(generate_latest(registry).decode() for registry in registries)
 
 
@@ -84,7 +88,7 @@ def test_every_alert_fires_when_it_should_and_is_silent_while_all_is_well() -> N
 
 
 @needs_promtool
-@pytest.mark.parametrize("alert", ["TetherAdapterRefused", "TetherRunRolledBack"])
+@pytest.mark.parametrize("alert", ["TetherAdapterRefused", "TetherRunRolledBack", "TetherItemsRejected"])
 def test_an_alert_that_does_not_fire_is_noticed(tmp_path: Path, alert: str) -> None:
     """The control: the same tests against rules one of which can never fire."""
     content = yaml.safe_load((FOLDER / "alerts.yml").read_text())
