@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.rpc.certificates import authority, tls_files
 from tests.rpc.reward_model_serving import fake_model, serve_rewards, store_model
+from tests.rpc.scripted_server import in_thread
+from tests.rpc.token_inputs import add_token
 from tether.reward import ScoreItem
 from tether_services.cli.main import main
 
@@ -60,6 +64,7 @@ def test_a_version_is_loaded_compared_switched_to_and_the_old_one_unloaded(
     assert "1 of 10 scores" in cache and "50.0 % of 2 items found" in cache
     assert shadow.startswith("shadow: m@2")
     assert tether("shadow", "--clear") == 0
+    assert capsys.readouterr().out.startswith("cleared; at last shadow: m@2")
     assert tether("shadow", "--clear") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "there was no shadow"
     assert tether("set-default", "m@2") == 0
@@ -92,3 +97,31 @@ def test_what_is_refused_is_told_with_the_way_out(
 ) -> None:
     assert tether(*words) == status
     assert text in capsys.readouterr().err
+
+
+@asynccontextmanager
+async def secured_service(folder: Path) -> AsyncIterator[str]:
+    """Serve with TLS and the tokens of an operator, who may switch models, and of a caller, who may score."""
+    (folder / "ca.pem").write_bytes(authority().root)
+    for name, scopes in (("operator", ("model.read", "model.write")), ("caller", ("score",))):
+        (folder / f"{name}.token").write_text(add_token(folder / "tokens.toml", name=name, scopes=scopes))
+    values = {"tls": tls_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
+    async with serve_rewards(**values) as rewards:
+        yield rewards.admin_target
+
+
+def test_the_control_port_of_a_secured_service_is_reached_with_credentials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with in_thread(lambda: secured_service(tmp_path)) as target:
+
+        def listing(*words: str) -> int:
+            return main(["model", "list", "--reward", target, "--timeout", "10", *words])
+
+        trusted = ("--ca-file", str(tmp_path / "ca.pem"))
+        assert listing(*trusted, "--token-file", str(tmp_path / "operator.token")) == 0
+        assert "m@1" in capsys.readouterr().out
+        assert listing(*trusted, "--token-file", str(tmp_path / "caller.token")) == 1
+        assert "SCOPE_MISSING" in capsys.readouterr().err
+        assert listing(*trusted) == 1
+        assert "TOKEN_MISSING" in capsys.readouterr().err

@@ -298,6 +298,18 @@ def test_another_version_of_the_model_does_not_continue_a_file(
     assert len(read(out.read_bytes())) == 30
 
 
+def test_nothing_to_go_on_with_is_not_told_to_be_gone_on_with(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", pairs(3)), tmp_path / "out"
+    assert score(rows, "--concurrency", "0", target=target) == 1
+    assert "--resume" not in capsys.readouterr().err
+    assert score(rows, "--concurrency", "0", "--output", out, target=target) == 1
+    assert f"--output {out} --resume" in capsys.readouterr().err, "the file is there now"
+    assert score(write_rows(tmp_path / "empty", []), target=target) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "0 rows, 0 could not be scored"
+
+
 def test_a_failed_call_leaves_what_was_scored_and_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from tether.errors import InvalidArgumentError
 from tether.reward_models import LoadedRewardModel, LoadedRewardModels, RewardModelClient, RewardModelShadow
+from tether_services.cli.connection import add_credentials, credential_options
 
 __all__ = ["add_model"]
 
@@ -54,6 +55,7 @@ def _add(actions: Commands, name: str, text: str, act: Act, *, model: str = "") 
         help=f"admin port of the reward service, its admin_address ({ADDRESS})",
     )
     inner.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
+    add_credentials(inner)
     inner.set_defaults(run=_run, act=act)
     return inner
 
@@ -74,7 +76,7 @@ def _run(known: argparse.Namespace) -> int:
 
 async def _act(known: argparse.Namespace) -> int:
     act: Act = known.act
-    async with RewardModelClient(known.reward, timeout_seconds=known.timeout) as client:
+    async with RewardModelClient(known.reward, timeout_seconds=known.timeout, **credential_options(known)) as client:
         await act(client, known)
     return 0
 
@@ -115,7 +117,7 @@ async def _shadow(client: RewardModelClient, known: argparse.Namespace) -> None:
         raise InvalidArgumentError("Give a candidate or --clear.", field="model", reason="INVALID_CONFIG")
     if known.clear:
         last = await client.clear_shadow()
-        print("there was no shadow" if last is None else shadow_line(last))
+        print("there was no shadow" if last is None else f"cleared; at last {shadow_line(last)}")
         return
     name, version = split_label(known.model)
     print(shadow_line(await client.set_shadow(name, version, fraction=known.fraction, base=known.base)))

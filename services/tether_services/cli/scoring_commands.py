@@ -121,11 +121,8 @@ def _score_file(known: argparse.Namespace) -> int:
             _find_end(output, rows, progress, name=str(known.output))
         with _saying_how_to_go_on(known, progress):
             _score_rows(known, rows, output, progress, num_rows=num_rows)
-    print(
-        f"{progress.num_done} rows, {progress.num_failed} could not be scored;"
-        f" model {progress.model} version {progress.version}",
-        file=sys.stderr,
-    )
+    judge = f"; model {progress.model} version {progress.version}" if progress.model else ""
+    print(f"{progress.num_done} rows, {progress.num_failed} could not be scored{judge}", file=sys.stderr)
     return 1 if progress.num_failed else 0
 
 
@@ -271,5 +268,6 @@ def _saying_how_to_go_on(known: argparse.Namespace, progress: _Progress) -> Iter
         hint = f"{progress.num_done} rows are written; go on after them with --output {name} --resume"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(hint) from None
-        print(hint, file=sys.stderr)
+        if progress.num_done or known.output is not None:  # the file is there now, though it may be empty
+            print(hint, file=sys.stderr)
         raise
