@@ -408,6 +408,7 @@ def test_a_version_that_is_unloaded_meanwhile_is_the_same_error() -> None:
 
     delivered, error = collect(Rewards(behaviour), numbered(100))
     assert isinstance(error, FailedPreconditionError) and error.reason == "MODEL_CHANGED" and len(delivered) == 20
+    assert "not '1'. Score the rest" in error.message, "one sentence ends before the next begins"
     never, error = collect(Rewards(fail_first(9, NotFoundError("No such."))), numbered(100), model="nothing")
     assert not never and isinstance(error, NotFoundError)
 

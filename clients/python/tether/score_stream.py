@@ -244,7 +244,10 @@ def _blames_items(error: TetherError) -> bool:
 
 def _changed(origin: _Origin | None, why: str) -> FailedPreconditionError:
     begun = _named(origin)
-    message = f"The scores so far are those of {begun}, which is not served any more: {why}. Score the rest on its own"
+    message = (
+        f"The scores so far are those of {begun}, which is not served any more: {why.rstrip('.')}. Score the rest on"
+        " its own"
+    )
     return FailedPreconditionError(message, reason="MODEL_CHANGED")
 
 

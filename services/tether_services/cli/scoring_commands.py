@@ -241,7 +241,8 @@ def _score_rows(
             if not first:
                 raise
             message = (
-                f"{known.output} was begun with model {progress.model} version {progress.version}: {error.message}."
+                f"{known.output} was begun with model {progress.model} version {progress.version}:"
+                f" {error.message.rstrip('.')}."
                 " Load that version again, or score the whole file into another one"
             )
             raise FailedPreconditionError(message, reason="MODEL_CHANGED") from None
