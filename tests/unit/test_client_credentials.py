@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +120,15 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token: str, tmp_pa
         with pytest.raises(InvalidArgumentError, match="BAD_TOKEN") as caught:
             Credentials(LOOPBACK, token=given)
         assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"), [({"token": b"hush"}, "token"), ({"tls": {"ca_file": "hush"}}, "tls"), ({"tls": True}, "tls")]
+)
+def test_credentials_of_another_kind_are_refused_with_those_that_are_accepted(given: Any, field: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="accepted") as caught:
+        Credentials(LOOPBACK, **given)
+    assert caught.value.violations[0].field == field and "hush" not in str(caught.value)
 
 
 def test_an_empty_token_file_is_no_token(tmp_path: Path) -> None:

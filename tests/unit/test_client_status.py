@@ -89,6 +89,22 @@ def test_a_status_of_another_server_keeps_its_code_and_names_the_target() -> Non
     assert error.reason == "UNAVAILABLE"
 
 
+@pytest.mark.parametrize(
+    ("last", "cause"),
+    [
+        ("Ssl handshake failed: CERTIFICATE_VERIFY_FAILED: unable to get local issuer", "(the CA file did not sign"),
+        ("Hostname Verification Check failed.", "(call it by the name"),
+        ("Ssl handshake failed: WRONG_VERSION_NUMBER", "(it has no TLS)"),
+        ("Socket closed", "it wants TLS"),
+        ("Connection refused", "Connection refused"),
+    ],
+)
+def test_a_connection_that_does_not_come_about_names_the_likely_cause(last: str, cause: str) -> None:
+    details = f"connections to all backends failing; last error: UNAVAILABLE: {last}"
+    assert cause in typed(rpc_error(grpc.StatusCode.UNAVAILABLE, details)).message
+    assert typed(rpc_error(grpc.StatusCode.UNAVAILABLE, last)).message.endswith(last), "a call that broke off"
+
+
 def test_a_failure_without_a_text_is_named_by_its_code() -> None:
     assert typed(rpc_error(grpc.StatusCode.NOT_FOUND, None)).message == "127.0.0.1:7: NOT_FOUND"
 

@@ -105,6 +105,7 @@ class Credentials:
                 the way.
         """
         environ = os.environ if environ is None else environ
+        _check_kinds(token, tls)
         token = _token_of(environ) if token is None else token
         files = _tls_of(environ) if tls is None else tls or None
         if token and files is None and not (allow_plaintext_token or is_loopback(target)):
@@ -190,6 +191,16 @@ def _signature(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+
+
+def _check_kinds(token: object, tls: object) -> None:
+    """Refuse what a configuration file may hold and a client cannot use, such as a table."""
+    if not isinstance(token, str | Path | None):
+        message = f"token is a {type(token).__name__}; a text or the Path of a file is accepted"
+        raise InvalidArgumentError(message, field="token", reason="BAD_TOKEN")
+    if not isinstance(tls, TlsFiles | None) and tls is not False:
+        message = f"tls is a {type(tls).__name__}; TlsFiles, False or nothing is accepted. Or name the files in "
+        raise InvalidArgumentError(message + ", ".join(TLS_VARIABLES.values()), field="tls", reason="BAD_TLS_FILES")
 
 
 def _watch_token(token: str | Path) -> _Watched[str]:

@@ -23,6 +23,15 @@ BROKEN_CONNECTION = ("Internal error from Core", "Stream removed", "RST_STREAM",
 """Beginnings of the details that gRPC makes up when a connection breaks under a call: the peer is gone."""
 MADE_UP_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 """Codes that it gives them besides UNAVAILABLE, depending on what it was doing."""
+NO_CONNECTION = "connections to all backends failing"
+"""What its details begin with when no connection comes about; the last error follows."""
+LIKELY_CAUSES = (
+    ("Hostname Verification Check failed", "call it by the name in its certificate, or give server_name"),
+    ("CERTIFICATE_VERIFY_FAILED", "the CA file did not sign its certificate, or that has expired"),
+    ("WRONG_VERSION_NUMBER", "it has no TLS"),
+    ("Socket closed", "where this stays so, it wants TLS (a CA file), or a certificate that it trusts"),
+)
+"""What is likely wrong by a part of that error."""
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds: float) -> TetherError:
@@ -42,6 +51,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds:
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"no answer within {timeout_seconds:g} s."
+    if details.startswith(NO_CONNECTION):
+        details += next((f" ({cause})" for part, cause in LIKELY_CAUSES if part in details), "")
     return _build(code, f"{target}: {details}", reason=code.name)
 
 
