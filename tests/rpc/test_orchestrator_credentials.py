@@ -103,7 +103,7 @@ class World:
         return {"token_file": str(self.token)} | {name: str(getattr(self.files, name)) for name in names}
 
     def options(self) -> list[str]:
-        files = {"--ca-file": self.files.ca_file, "--cert-file": self.files.certificate_file}
+        files = {"--ca-file": self.files.ca_file, "--certificate-file": self.files.certificate_file}
         files |= {"--key-file": self.files.key_file, "--token-file": self.token}
         return [str(word) for pair in files.items() for word in pair]
 

@@ -36,7 +36,7 @@ def add_credentials(parser: argparse.ArgumentParser) -> None:
     for option, variable, text in (
         ("--token-file", "TETHER_TOKEN_FILE", "file that holds the token"),
         ("--ca-file", "TETHER_CA_FILE", "authorities of the service's certificate (PEM)"),
-        ("--cert-file", "TETHER_CERTIFICATE_FILE", "own certificate (PEM)"),
+        ("--certificate-file", "TETHER_CERTIFICATE_FILE", "own certificate (PEM)"),
         ("--key-file", "TETHER_KEY_FILE", "its key (PEM)"),
     ):
         group.add_argument(option, type=Path, metavar="FILE", help=f"{text}; {variable} otherwise")
@@ -50,7 +50,7 @@ def add_credentials(parser: argparse.ArgumentParser) -> None:
 
 def credential_options(known: argparse.Namespace) -> CredentialOptions:
     """Return what the options say, as every client takes it."""
-    files = (known.ca_file, known.cert_file, known.key_file)
+    files = (known.ca_file, known.certificate_file, known.key_file)
     return {
         "token": known.token_file,
         "tls": TlsFiles(*files) if any(files) else None,
