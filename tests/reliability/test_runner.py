@@ -170,6 +170,11 @@ async def meet(trial):
     print("and its other", flush=True)
     return Outcome(Verdict(), {"drew": trial.random.random()})
 
+async def be_alone(trial):
+    # Passes only if both others have been there before; it would be started first for the time that it usually takes.
+    assert len(list(Path(FOLDER).glob("came-*"))) == 2
+    return Outcome(Verdict())
+
 async def die(trial):
     (trial.folder / "history.jsonl").write_text("{}")
     os.kill(os.getpid(), 9)
@@ -178,6 +183,10 @@ FOLDER = sys.argv.pop(1)
 runner.KEPT = Path(FOLDER) / "kept"
 runner.COMMAND = (sys.executable, "-c", Path(FOLDER, "program").read_text(), FOLDER)
 runner.all_scenarios = lambda: [Scenario("A", "", meet), Scenario("B", "", meet), Scenario("C", "", die)]
+if (Path(FOLDER) / "with-d").exists():
+    runner.all_scenarios = lambda: [
+        Scenario("D", "", be_alone, usual_seconds=99.0, alone=True), Scenario("A", "", meet), Scenario("B", "", meet)
+    ]
 raise SystemExit(runner.main())
 """
 
@@ -200,6 +209,12 @@ def test_several_scenarios_run_at_the_same_time_with_their_own_chance_and_whole_
     assert alone.returncode == 0, alone.stdout + alone.stderr
     [drew] = [line.partition("drew")[2] for line in alone.stdout.splitlines() if line.startswith("PASS B")]
     assert f"drew{drew}" in done.stdout
+
+
+def test_a_scenario_that_judges_latencies_has_the_machine_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "with-d").touch()
+    done = run_program(tmp_path, "--jobs", "3", "--only", "D", "--only", "A", "--only", "B")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path: Path) -> None:
