@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run_small import World, assert_same, run_whole, tiny_run
+from tests.e2e.small_runs import World, assert_same, run_whole, tiny_run
 from tests.rpc.run_services import run_services
 from tests.rpc.serving import run, serving
 from tether.orchestrator import OrchestratorClient

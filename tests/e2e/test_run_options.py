@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.test_run_small import SECONDS, world
+from tests.e2e.small_runs import SECONDS, world
 from tests.rpc.run_services import small_run_toml, write_tiny_policy, write_word_prompts
 from tests.rpc.serving import run
 from tether import StepEvent
