@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 from tests.rpc.run_services import RunServices, run_services, small_run_toml, write_tiny_policy, write_word_prompts
 from tests.rpc.serving import serving
 from tether.orchestrator import OrchestratorClient, Run, StepEvent
+from tether_services.orchestrator.engines.process import WORKER_COMMAND, ProcessEngine
 from tether_services.orchestrator.service import OrchestratorService
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,9 +66,7 @@ class World:
 
     def worker(self) -> psutil.Process:
         """Return the worker that runs now."""
-        (found,) = [
-            child for child in psutil.Process().children() if "orchestrator.worker" in " ".join(child.cmdline())
-        ]
+        (found,) = [child for child in psutil.Process().children() if "--run-id" in child.cmdline()]
         return found
 
 
@@ -76,16 +75,17 @@ async def world(
     model: Path,
     state_dir: Path,
     *,
-    reward_address: str = "",
+    worker: Sequence[str] = WORKER_COMMAND,
     one_by_one: bool = False,
     quantization: str = "none",
-    auto_resume: str = "after_crash",
+    **changes: object,
 ) -> AsyncIterator[World]:
+    """Serve an orchestrator and all it calls; `changes` are of its settings."""
     async with run_services(model, state_dir, one_by_one=one_by_one, quantization=quantization) as services:
-        changes = {"auto_resume": auto_resume} | ({"reward_address": reward_address} if reward_address else {})
         settings = services.settings.model_copy(update=changes)
+        engine = ProcessEngine(settings, command=worker)
         async with (
-            serving(settings, lambda registry: OrchestratorService(settings, registry)) as served,
+            serving(settings, lambda registry: OrchestratorService(settings, registry, engine=engine)) as served,
             OrchestratorClient(served.target) as client,
         ):
             yield World(services, client, state_dir)

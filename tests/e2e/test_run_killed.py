@@ -25,11 +25,13 @@ from tether_services.runtime.fault_points import PLAN_VARIABLE
 pytestmark = pytest.mark.slow
 
 
-def test_a_killed_worker_is_reported_and_the_resumed_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_and_the_resumed_run_ends_as_if_nothing_had_happened(
+    tmp_path: Path, forked_worker: tuple[str, ...]
+) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=12)
 
     async def scenario() -> None:
-        async with world(model, tmp_path / "runs", one_by_one=True, auto_resume="off") as w:
+        async with world(model, tmp_path / "runs", one_by_one=True, worker=forked_worker, auto_resume="off") as w:
             whole = await run_whole(w, text)
             await w.client.start_run("parts", text)
             await w.first_step("parts")
@@ -60,7 +62,7 @@ FAULTS = (
 
 
 def test_a_run_whose_workers_are_killed_at_every_side_of_a_commit_ends_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_worker: tuple[str, ...]
 ) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=14)
     plan = tmp_path / "plan.json"
@@ -68,7 +70,7 @@ def test_a_run_whose_workers_are_killed_at_every_side_of_a_commit_ends_with_the_
     monkeypatch.setenv(PLAN_VARIABLE, str(plan))
 
     async def scenario() -> None:
-        async with world(model, tmp_path / "runs", one_by_one=True) as w:
+        async with world(model, tmp_path / "runs", one_by_one=True, worker=forked_worker) as w:
             whole = await run_whole(w, text)
             plan.write_text(json.dumps({"worker": {str(n): fault for n, fault in enumerate(FAULTS, start=1)}}))
             await w.client.start_run("parts", text)

@@ -64,7 +64,9 @@ STORY_RULE = [
 
 
 @pytest.mark.parametrize("ends_text", [False, True])
-def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(ends_text: bool, tmp_path: Path) -> None:
+def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(
+    ends_text: bool, tmp_path: Path, forked_worker: tuple[str, ...]
+) -> None:
     shutil.copytree(DEMO / "models", tmp_path / "models")
     policy, reward_model = tmp_path / "models" / "policy", tmp_path / "models" / "reward"
     scale = json.loads((reward_model / "tether_reward.json").read_text())
@@ -79,7 +81,7 @@ def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(en
         settings = RewardSettings.model_validate({**LOCAL, "model": str(reward_model)})
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
-            world(policy, tmp_path / "runs", reward_address=reward.target) as w,
+            world(policy, tmp_path / "runs", reward_address=reward.target, worker=forked_worker) as w,
         ):
             await w.client.start_run("demo", text)
             steps, end = await w.watch("demo")
@@ -91,14 +93,16 @@ def test_a_run_on_the_packaged_models_starts_its_critic_from_the_reward_model(en
     run(scenario(), timeout_seconds=SECONDS)
 
 
-def test_a_reward_model_that_reads_other_token_ids_than_the_policy_is_refused(tmp_path: Path) -> None:
+def test_a_reward_model_that_reads_other_token_ids_than_the_policy_is_refused(
+    tmp_path: Path, forked_worker: tuple[str, ...]
+) -> None:
     model, text = tiny_run(tmp_path)
 
     async def scenario() -> None:
         settings = RewardSettings.model_validate({**LOCAL, "model": str(DEMO / "models" / "reward")})
         async with (
             serving(settings, lambda registry: RewardService(settings, registry)) as reward,
-            world(model, tmp_path / "runs", reward_address=reward.target) as w,
+            world(model, tmp_path / "runs", reward_address=reward.target, worker=forked_worker) as w,
         ):
             await w.client.start_run("demo", text)
             steps, end = await w.watch("demo")

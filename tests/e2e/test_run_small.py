@@ -46,11 +46,11 @@ def test_a_run_from_start_to_report(tmp_path: Path) -> None:
     run(scenario(), timeout_seconds=SECONDS)
 
 
-def test_a_service_that_dies_in_a_run_fails_it_by_name(tmp_path: Path) -> None:
+def test_a_service_that_dies_in_a_run_fails_it_by_name(tmp_path: Path, forked_worker: tuple[str, ...]) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=1000)
 
     async def scenario() -> None:
-        async with world(model, tmp_path / "runs") as w:
+        async with world(model, tmp_path / "runs", worker=forked_worker) as w:
             await w.client.start_run("demo", text)
             await w.first_step("demo")
             started = time.monotonic()
@@ -65,11 +65,11 @@ def test_a_service_that_dies_in_a_run_fails_it_by_name(tmp_path: Path) -> None:
     run(scenario(), timeout_seconds=SECONDS)
 
 
-def test_cancelling_stops_the_real_worker_after_its_step(tmp_path: Path) -> None:
+def test_cancelling_stops_the_real_worker_after_its_step(tmp_path: Path, forked_worker: tuple[str, ...]) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=1000)
 
     async def scenario() -> None:
-        async with world(model, tmp_path / "runs") as w:
+        async with world(model, tmp_path / "runs", worker=forked_worker) as w:
             await w.client.start_run("demo", text)
             await w.first_step("demo")
             await w.client.cancel_run("demo")
