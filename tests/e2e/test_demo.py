@@ -93,7 +93,7 @@ def test_nothing_is_left_running(finished: tuple[Path, subprocess.CompletedProce
 def test_the_same_name_again_with_another_configuration_is_refused(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    done = run_demo(finished[0], *SMALL, "--seed", "9", "--engine", "fake")  # refused before a model would be asked
+    done = run_demo(finished[0], *SMALL, "--seed", "9")
     assert done.returncode == 1
     assert "run_id" in done.stderr and "Traceback" not in done.stderr
 
