@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -33,7 +34,8 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the room with the session."""
+    """Remove the room with the session, and let the interpreter end as it always does."""
+    gc.unfreeze()
     if folder_of_session in config.stash:
         shutil.rmtree(config.stash[folder_of_session], ignore_errors=True)
 
@@ -51,3 +53,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def wants_to_be_alone(item: pytest.Item) -> bool:
     """Return whether nothing may run beside a test: vLLM fails if others free memory of its GPU while it starts."""
     return bool(item.get_closest_marker("alone")) or bool(item.get_closest_marker("vllm") and GPU.exists())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what the imports have made out of the collector's sight: libraries that train ask it to look often."""
+    if session.items:
+        gc.collect()
+        gc.freeze()
