@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.room import room
 from tether_services.runtime.threads import thread_environment
@@ -22,6 +23,10 @@ folder_of_session: Final = pytest.StashKey[str]()
 # Before a tensor library is loaded. Each process would take all cores, and two that do are far slower than one.
 for _name, _value in thread_environment(1).items():
     os.environ.setdefault(_name, _value)
+
+# An example that waits for a core is no slow one.
+settings.register_profile("tether", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tether")
 
 
 @pytest.hookimpl(optionalhook=True)
