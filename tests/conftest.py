@@ -60,6 +60,12 @@ def wants_to_be_alone(item: pytest.Item) -> bool:
     return bool(item.get_closest_marker("alone")) or bool(item.get_closest_marker("vllm") and GPU.exists())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with tests that want to be alone last, where none of them has to wait for a test of minutes to end."""
+    last = {item.path for item in items if wants_to_be_alone(item)}
+    items.sort(key=lambda item: item.path in last)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what the imports have made out of the collector's sight: libraries that train ask it to look often."""
     if session.items:
