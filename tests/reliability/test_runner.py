@@ -225,6 +225,11 @@ def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path
     assert (tmp_path / "kept" / "C-5" / "history.jsonl").read_text() == "{}"
 
 
+def _take_interrupts() -> None:
+    """Undo what the tests themselves may have inherited: a job in the background ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [[], ["--jobs", "2"]])
 def test_a_suite_that_is_interrupted_leaves_no_folder(number: int, options: list[str], tmp_path: Path) -> None:
@@ -232,7 +237,8 @@ def test_a_suite_that_is_interrupted_leaves_no_folder(number: int, options: list
     (tmp_path / "temporary").mkdir()
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), "--only", "A", *options]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    suite = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nothing = subprocess.DEVNULL
+    suite = subprocess.Popen(command, env=environment, stdout=nothing, stderr=nothing, preexec_fn=_take_interrupts)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("came-*")):  # A waits for B, which never comes
