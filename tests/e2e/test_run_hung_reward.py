@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run_small import World, assert_same, run_whole, tiny_run
+from tests.e2e.small_runs import World, assert_same, run_whole, tiny_run
 from tests.rpc.run_services import run_services
 from tests.rpc.serving import Served, run, serving
 from tether.orchestrator import OrchestratorClient, StepEvent
 from tether_services.local.deployment import free_ports
 from tether_services.local.supervision import Child, ChildSpec
+from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.service import OrchestratorService
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,9 @@ async def open_for(served: Served, *, is_open: bool) -> float:
     return time.monotonic() - started
 
 
-def test_r5_a_run_whose_reward_service_is_stopped_and_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_r5_a_run_whose_reward_service_is_stopped_and_killed_ends_with_the_same_bits(
+    tmp_path: Path, forked_worker: tuple[str, ...]
+) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=6)
     text = text.replace("[ppo]", '[failure]\non_missing = "fail"\n[ppo]', 1)
     events: list[str] = []
@@ -56,8 +59,11 @@ def test_r5_a_run_whose_reward_service_is_stopped_and_killed_ends_with_the_same_
                 settings = services.settings.model_copy(
                     update=changes | {"max_retries": 10, "retry_backoff_seconds": 0.2}
                 )
+                engine = ProcessEngine(settings, command=forked_worker)
                 async with (
-                    serving(settings, lambda registry: OrchestratorService(settings, registry)) as served,
+                    serving(
+                        settings, lambda registry: OrchestratorService(settings, registry, engine=engine)
+                    ) as served,
                     OrchestratorClient(served.target) as client,
                 ):
                     w = World(services, client, tmp_path / "runs")

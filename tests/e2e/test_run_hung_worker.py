@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_run_small import World, assert_same, run_whole, tiny_run
+from tests.e2e.small_runs import World, assert_same, run_whole, tiny_run
 from tests.rpc.run_services import run_services
 from tests.rpc.serving import run, serving
 from tether.orchestrator import OrchestratorClient
+from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.service import OrchestratorService
 from tether_services.runtime.fault_points import PLAN_VARIABLE
 
@@ -31,7 +32,7 @@ QUICK = {
 
 
 def test_a_run_whose_worker_hangs_three_times_ends_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_worker: tuple[str, ...]
 ) -> None:
     model, text = tiny_run(tmp_path, "evaluation = false", steps=6)
     plan = tmp_path / "plan.json"
@@ -41,8 +42,9 @@ def test_a_run_whose_worker_hangs_three_times_ends_with_the_same_bits(
     async def scenario() -> None:
         async with run_services(model, tmp_path / "runs", one_by_one=True) as services:
             settings = services.settings.model_copy(update=QUICK)
+            engine = ProcessEngine(settings, command=forked_worker)
             async with (
-                serving(settings, lambda registry: OrchestratorService(settings, registry)) as served,
+                serving(settings, lambda registry: OrchestratorService(settings, registry, engine=engine)) as served,
                 OrchestratorClient(served.target) as client,
             ):
                 w = World(services, client, tmp_path / "runs")

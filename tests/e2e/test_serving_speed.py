@@ -26,7 +26,7 @@ from benchmarks.serving import (
     reward_process,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 NUM_TRIES = 8
 LEAST_RATIO = 0.9

@@ -21,7 +21,8 @@ def main() -> int:
     path, *arguments = sys.argv[1:]
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        request = json.dumps({"folder": os.getcwd(), "arguments": arguments}).encode()
+        ours = {name: value for name, value in os.environ.items() if name.startswith("TETHER_")}
+        request = json.dumps({"folder": os.getcwd(), "environment": ours, "arguments": arguments}).encode()
         socket.send_fds(server, [request], [1, 2])
         answer = server.recv(64)
     code = int(answer) if answer else 1

@@ -66,6 +66,8 @@ class Scenario:
     """What the short form takes; longer ones are started first."""
     long_seconds: float = 1800.0
     """Time limit of the long form."""
+    alone: bool = False
+    """Judges latencies: nothing else is run beside it."""
     needs_mounts: bool = False
     """Mounts small file systems: root and a mount namespace of its own."""
     find_obstacle: Callable[[], str] = str

@@ -170,6 +170,11 @@ async def meet(trial):
     print("and its other", flush=True)
     return Outcome(Verdict(), {"drew": trial.random.random()})
 
+async def be_alone(trial):
+    # Passes only if both others have been there before; it would be started first for the time that it usually takes.
+    assert len(list(Path(FOLDER).glob("came-*"))) == 2
+    return Outcome(Verdict())
+
 async def die(trial):
     (trial.folder / "history.jsonl").write_text("{}")
     os.kill(os.getpid(), 9)
@@ -178,6 +183,10 @@ FOLDER = sys.argv.pop(1)
 runner.KEPT = Path(FOLDER) / "kept"
 runner.COMMAND = (sys.executable, "-c", Path(FOLDER, "program").read_text(), FOLDER)
 runner.all_scenarios = lambda: [Scenario("A", "", meet), Scenario("B", "", meet), Scenario("C", "", die)]
+if (Path(FOLDER) / "with-d").exists():
+    runner.all_scenarios = lambda: [
+        Scenario("D", "", be_alone, usual_seconds=99.0, alone=True), Scenario("A", "", meet), Scenario("B", "", meet)
+    ]
 raise SystemExit(runner.main())
 """
 
@@ -202,12 +211,23 @@ def test_several_scenarios_run_at_the_same_time_with_their_own_chance_and_whole_
     assert f"drew{drew}" in done.stdout
 
 
+def test_a_scenario_that_judges_latencies_has_the_machine_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "with-d").touch()
+    done = run_program(tmp_path, "--jobs", "3", "--only", "D", "--only", "A", "--only", "B")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path: Path) -> None:
     done = run_program(tmp_path, "--jobs", "2")
     assert done.returncode == 1
     assert "FAIL C (0 s) its process ended with status -9" in done.stdout
     assert "3 runs in" in done.stdout and "1 failed, 0 skipped; seed 5" in done.stdout
     assert (tmp_path / "kept" / "C-5" / "history.jsonl").read_text() == "{}"
+
+
+def _take_interrupts() -> None:
+    """Undo what the tests themselves may have inherited: a job in the background ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -217,7 +237,8 @@ def test_a_suite_that_is_interrupted_leaves_no_folder(number: int, options: list
     (tmp_path / "temporary").mkdir()
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), "--only", "A", *options]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    suite = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nothing = subprocess.DEVNULL
+    suite = subprocess.Popen(command, env=environment, stdout=nothing, stderr=nothing, preexec_fn=_take_interrupts)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("came-*")):  # A waits for B, which never comes

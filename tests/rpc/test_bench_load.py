@@ -24,6 +24,9 @@ from tether_services.reward.engines import fake
 from tether_services.reward.engines.fake import fake_score
 from tether_services.reward.service import RewardService
 
+pytestmark = pytest.mark.alone  # what is measured are times
+
+
 Script = Callable[[int, "Scripted", Any], Awaitable[None]]
 
 

@@ -253,6 +253,7 @@ def test_request_that_runs_while_its_version_is_retired_finishes(
     with_server(scenario)
 
 
+@pytest.mark.alone
 def test_cancelled_call_leaves_the_batch_and_others_go_on() -> None:
     async def scenario(serving: Serving) -> None:
         long = serving.generator.Generate(generate_request((1, 40), n=8, max_tokens=480, ignore_eos=True), timeout=60)
@@ -269,6 +270,7 @@ def test_cancelled_call_leaves_the_batch_and_others_go_on() -> None:
     with_server(scenario)
 
 
+@pytest.mark.alone
 def test_call_past_its_deadline_is_answered_at_once() -> None:
     async def scenario(serving: Serving) -> None:
         started = time.monotonic()

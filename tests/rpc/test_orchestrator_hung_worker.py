@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.rpc.scripted_world import world
 from tests.rpc.serving import run
-from tests.rpc.test_orchestrator_service import world
 
 QUICK: dict[str, Any] = {
     "lease_seconds": 1,

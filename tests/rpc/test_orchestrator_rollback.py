@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rpc.scripted_world import World, world
 from tests.rpc.serving import Served, run
-from tests.rpc.test_orchestrator_service import World, world
 from tether.errors import FailedPreconditionError, InvalidArgumentError
 from tether.orchestrator import Run, StepEvent
 from tether_services.cli.main import main

@@ -4,73 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from tests.rpc.serving import LOCAL, Served, failure, health, run, serving
-from tests.unit.run_inputs import run_toml
+from tests.rpc.scripted_world import world
+from tests.rpc.serving import failure, health, run
 from tether.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    ResourceExhaustedError,
     TetherError,
 )
-from tether.orchestrator import OrchestratorClient, Run, SampleCounts, StepEvent
+from tether.orchestrator import SampleCounts
 from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 from tether_services.cli.main import main
-from tether_services.orchestrator.config import OrchestratorSettings
-from tether_services.orchestrator.engines.process import ProcessEngine
-from tether_services.orchestrator.ledger import Ledger
-from tether_services.orchestrator.records import Attempt, RunState
-from tether_services.orchestrator.service import SERVICE_NAME, OrchestratorService
+from tether_services.orchestrator.service import SERVICE_NAME
 
-WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
 SERVING = 1
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """A served orchestrator, a client of it, and a configuration that it accepts."""
-
-    served: Served
-    client: OrchestratorClient
-    toml: str
-
-    async def end_of(self, run_id: str) -> Run:
-        """Return the run once it has ended."""
-        while not (now := await self.client.get_run(run_id)).ended:
-            await asyncio.sleep(0.02)
-        return now
-
-    async def started(self, run_id: str) -> None:
-        """Start a run and wait until its worker has committed a step."""
-        await self.client.start_run(run_id, self.toml)
-        while (await self.client.get_run(run_id)).committed_step_count == 0:
-            await asyncio.sleep(0.02)
-
-
-@asynccontextmanager
-async def world(folder: Path, *, steps: int = 3, **changed: object) -> AsyncIterator[World]:
-    settings = OrchestratorSettings.model_validate({**LOCAL, "state_dir": str(folder / "runs"), **changed})
-    engine = ProcessEngine(settings, command=WORKER)
-    toml = run_toml(folder).replace("total_steps = 3", f"total_steps = {steps}")
-    async with (
-        serving(settings, lambda registry: OrchestratorService(settings, registry, engine=engine)) as served,
-        OrchestratorClient(served.target) as client,
-    ):
-        yield World(served, client, toml)
 
 
 def test_a_run_is_accepted_at_once_and_ends_with_all_its_steps(tmp_path: Path) -> None:
@@ -249,96 +201,6 @@ def test_a_run_that_has_ended_cannot_be_cancelled(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_a_worker_that_dies_fails_the_run_with_its_status_and_last_words(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            await w.client.start_run("dies-1", w.toml)
-            ended = await w.end_of("dies-1")
-            assert ended.state == "failed"
-            assert "exited with status 9" in ended.error
-            assert "RuntimeError: out of cheese" in ended.error
-            assert ended.committed_step_count == 1
-            assert await health(w.served.target, SERVICE_NAME) == SERVING
-
-    run(scenario())
-
-
-def test_a_failed_run_is_resumed_from_its_last_step(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            await w.client.start_run("dies-1", w.toml)
-            await w.end_of("dies-1")
-            resumed = await w.client.resume_run("dies-1")
-            assert (resumed.error, resumed.committed_step_count, resumed.end_time) == ("", 1, None)
-            ended = await w.end_of("dies-1")
-            assert (ended.state, ended.committed_step_count) == ("succeeded", 3)
-
-    run(scenario())
-
-
-def test_watching_brings_each_step_once_and_ends_with_the_run(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=5) as w:
-            await w.client.start_run("slow-1", w.toml)
-            events = [event async for event in w.client.watch_run("slow-1")]
-            steps = [event for event in events if isinstance(event, StepEvent)]
-            states = [event.state for event in events if isinstance(event, Run)]
-            assert [(step.step, step.policy_version) for step in steps] == [(n, n) for n in range(5)]
-            assert steps[2].metrics["kl_per_sequence"] == 2.5
-            assert states[-1] == "succeeded"
-            assert isinstance(events[-1], Run)
-            assert set(states) <= {"pending", "running", "succeeded"}
-
-    run(scenario())
-
-
-def test_watching_can_begin_at_any_step_also_after_the_end(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=5) as w:
-            await w.client.start_run("steps-1", w.toml)
-            await w.end_of("steps-1")
-            for first, expected in {0: [0, 1, 2, 3, 4], 3: [3, 4], 9: []}.items():
-                events = [event async for event in w.client.watch_run("steps-1", first_step=first)]
-                assert [event.step for event in events if isinstance(event, StepEvent)] == expected
-                assert [event.state for event in events if isinstance(event, Run)] == ["succeeded"]
-
-    run(scenario())
-
-
-def test_a_watcher_whose_streams_end_early_misses_and_repeats_nothing(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=12) as w:
-            await w.client.start_run("slow-1", w.toml)
-            events = [event async for event in w.client.watch_run("slow-1", stream_seconds=0.3)]
-            assert [event.step for event in events if isinstance(event, StepEvent)] == list(range(12))
-
-    run(scenario())
-
-
-def test_two_watchers_see_the_same(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async def watch() -> list[int]:
-            return [e.step async for e in w.client.watch_run("slow-1") if isinstance(e, StepEvent)]
-
-        async with world(tmp_path, steps=5) as w:
-            await w.client.start_run("slow-1", w.toml)
-            first, second = await asyncio.gather(watch(), watch())
-            assert first == second == list(range(5))
-
-    run(scenario())
-
-
-def test_watching_from_a_negative_step_is_refused(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path) as w:
-            await w.client.start_run("steps-1", w.toml)
-            with pytest.raises(InvalidArgumentError) as caught:
-                await anext(w.client.watch_run("steps-1", first_step=-1))
-            assert caught.value.violations[0].field == "first_step"
-
-    run(scenario())
-
-
 def test_runs_are_listed_in_pages_newest_first(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path) as w:
@@ -358,244 +220,6 @@ def test_runs_are_listed_in_pages_newest_first(tmp_path: Path) -> None:
                     call = stub.ListRuns(orchestrator_pb2.ListRunsRequest(**bad), timeout=5)
                     code, violations = await failure(call)
                     assert (code, violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, next(iter(bad)))
-
-    run(scenario())
-
-
-def test_stopping_the_orchestrator_ends_the_worker_and_leaves_the_run_resumable(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path) as w:
-            await w.started("hangs-1")
-            started = time.monotonic()
-        assert time.monotonic() - started < 8
-        left = Ledger(tmp_path / "runs").get_run("hangs-1")
-        assert left.state is RunState.FAILED
-        assert "the orchestrator was stopped" in left.error
-        async with world(tmp_path) as w:
-            assert (await w.client.get_run("hangs-1")).state == "failed"
-            assert (await w.client.resume_run("hangs-1")).state == "pending"
-
-    run(scenario())
-
-
-def left_running(folder: Path, run_id: str = "steps-1") -> Attempt:
-    """Record a run as an orchestrator that was killed leaves it."""
-    ledger = Ledger(folder / "runs")
-    attempt = ledger.create_run(run_id, config_toml=run_toml(folder), total_steps=3)
-    ledger.mark_running(attempt)
-    ledger.close()
-    return attempt
-
-
-def test_a_run_left_running_by_a_killed_orchestrator_goes_on_at_the_next_start(tmp_path: Path) -> None:
-    left_running(tmp_path)
-
-    async def scenario() -> None:
-        async with world(tmp_path) as w:
-            ended = await w.end_of("steps-1")
-            assert (ended.state, ended.committed_step_count) == ("succeeded", 3)
-            assert [step.epoch for step in await w.client.list_steps("steps-1")] == [2, 2, 2]
-            assert w.served.value("tether_resume_total") == 1
-
-    run(scenario())
-
-
-def test_a_run_left_running_is_failed_where_runs_do_not_go_on_by_themselves(tmp_path: Path) -> None:
-    left_running(tmp_path)
-
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            left = await w.client.get_run("steps-1")
-            assert left.state == "failed"
-            assert "the orchestrator process ended" in left.error
-            await w.client.resume_run("steps-1")
-            assert (await w.end_of("steps-1")).state == "succeeded"
-
-    run(scenario())
-
-
-def test_a_run_that_was_to_be_cancelled_is_not_taken_up_again(tmp_path: Path) -> None:
-    left_running(tmp_path)
-    Ledger(tmp_path / "runs").request_cancel("steps-1")
-
-    async def scenario() -> None:
-        async with world(tmp_path) as w:
-            assert (await w.client.get_run("steps-1")).state == "cancelled"
-
-    run(scenario())
-
-
-def test_the_worker_of_a_killed_orchestrator_is_ended_before_another_one_starts(tmp_path: Path) -> None:
-    attempt = left_running(tmp_path)
-    hold = (
-        "import sys, time\nfrom pathlib import Path\nfrom tether_services.orchestrator.ledger import Ledger\n"
-        "from tether_services.orchestrator.records import Attempt\n"
-        "Ledger(Path(sys.argv[1])).acquire_lease(Attempt('steps-1', 1, Path('x')), seconds=600)\n"
-        "print('held', flush=True)\ntime.sleep(600)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(attempt.directory.parent)], stdout=subprocess.PIPE, text=True
-    ) as stale:
-        assert stale.stdout is not None and stale.stdout.readline() == "held\n"
-        stale.send_signal(signal.SIGSTOP)
-
-        async def scenario() -> None:
-            async with world(tmp_path) as w:
-                assert (await w.end_of("steps-1")).state == "succeeded"
-
-        run(scenario())
-        assert stale.wait(timeout=10) == -signal.SIGKILL
-
-
-def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path) as w:
-            await w.client.start_run("dies-1", w.toml)
-            ended = await w.end_of("dies-1")
-            assert (ended.state, ended.committed_step_count, ended.error) == ("succeeded", 3, "")
-            assert [step.epoch for step in await w.client.list_steps("dies-1")] == [1, 2, 2]
-            assert w.served.value("tether_resume_total") == 1
-
-    run(scenario())
-
-
-def test_a_worker_that_dies_without_a_new_step_is_replaced_only_so_often(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, max_restarts=2) as w:
-            await w.client.start_run("crashes-1", w.toml)
-            ended = await w.end_of("crashes-1")
-            assert (ended.state, ended.committed_step_count) == ("failed", 1)
-            assert "exited with status 9" in ended.error
-            assert "2 restarts in a row brought no step" in ended.error
-            assert Ledger(tmp_path / "runs").get_run("crashes-1").epoch == 3
-
-    run(scenario())
-
-
-def test_a_worker_that_gives_no_sign_of_life_is_replaced(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, lease_seconds=1) as w:
-            await w.client.start_run("stops-1", w.toml)
-            ended = await w.end_of("stops-1")
-            assert (ended.state, ended.committed_step_count) == ("succeeded", 3)
-            assert [step.epoch for step in await w.client.list_steps("stops-1")] == [1, 2, 2]
-
-    run(scenario())
-
-
-def test_a_run_that_a_stop_ended_goes_on_at_the_next_start_only_if_told_so(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=8) as w:
-            await w.started("slow-1")
-        async with world(tmp_path) as w:
-            assert (await w.client.get_run("slow-1")).state == "failed"
-        async with world(tmp_path, auto_resume="always") as w:
-            ended = await w.end_of("slow-1")
-            assert (ended.state, ended.committed_step_count) == ("succeeded", 8)
-        async with world(tmp_path, auto_resume="always") as w:
-            assert (await w.client.get_run("slow-1")).state == "succeeded"
-
-    run(scenario())
-
-
-def test_a_run_whose_end_cannot_be_written_ends_once_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused: list[Attempt] = []
-    finish = Ledger.finish
-
-    def full(self: Ledger, attempt: Attempt, state: RunState, **given: Any) -> bool:
-        if len(refused) < 3:
-            refused.append(attempt)
-            raise ResourceExhaustedError("no room", reason="STORAGE_FULL")
-        return finish(self, attempt, state, **given)
-
-    monkeypatch.setattr(Ledger, "finish", full)
-
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            await w.client.start_run("dies-1", w.toml)
-            ended = await w.end_of("dies-1")
-            assert ended.state == "failed"
-            assert len(refused) == 3
-            await w.client.resume_run("dies-1")
-            assert (await w.end_of("dies-1")).state == "succeeded"
-
-    run(scenario())
-
-
-def test_a_resume_that_is_asked_for_again_returns_the_first_answer(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            await w.client.start_run("dies-1", w.toml)
-            await w.end_of("dies-1")
-            request_id = str(uuid.uuid4())
-            first, again = await asyncio.gather(
-                *(w.client.resume_run("dies-1", request_id=request_id) for _ in range(2))
-            )
-            assert first == again
-            assert (first.state, first.committed_step_count) == ("pending", 1)
-            await w.end_of("dies-1")
-            assert await w.client.resume_run("dies-1", request_id=request_id) == first
-            assert Ledger(tmp_path / "runs").get_run("dies-1").epoch == 2, "one attempt, however often it was asked for"
-            with pytest.raises(FailedPreconditionError) as caught:
-                await w.client.resume_run("dies-1")
-            assert caught.value.reason == "RUN_NOT_RESUMABLE"
-
-    run(scenario())
-
-
-def test_a_resume_whose_caller_has_gone_is_applied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = Ledger.begin_attempt
-
-    def slow(self: Ledger, run_id: str, **given: Any) -> Attempt:
-        time.sleep(0.3)
-        return begin(self, run_id, **given)
-
-    monkeypatch.setattr(Ledger, "begin_attempt", slow)
-
-    async def scenario() -> None:
-        async with world(tmp_path, auto_resume="off") as w:
-            await w.client.start_run("dies-1", w.toml)
-            await w.end_of("dies-1")
-            request_id = str(uuid.uuid4())
-            with pytest.raises(TetherError):
-                await w.client.resume_run("dies-1", request_id=request_id, timeout_seconds=0.15)
-            answer = await w.client.resume_run("dies-1", request_id=request_id)
-            assert answer.state == "pending"
-            assert Ledger(tmp_path / "runs").get_run("dies-1").epoch == 2
-
-    run(scenario())
-
-
-def test_a_cancellation_that_is_asked_for_again_returns_the_first_answer(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=1000) as w:
-            await w.started("slow-1")
-            request_id = str(uuid.uuid4())
-            first = await w.client.cancel_run("slow-1", request_id=request_id)
-            await w.end_of("slow-1")
-            resumed = await w.client.resume_run("slow-1")
-            assert resumed.state == "pending"
-            assert await w.client.cancel_run("slow-1", request_id=request_id) == first
-            await asyncio.sleep(0.5)
-            assert not (await w.client.get_run("slow-1")).ended, "the repeat must not cancel the resumed run"
-
-    run(scenario())
-
-
-def test_a_request_id_stands_for_one_request(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, steps=1000) as w:
-            await w.started("slow-1")
-            request_id = str(uuid.uuid4())
-            await w.client.cancel_run("slow-1", request_id=request_id)
-            await w.end_of("slow-1")
-            with pytest.raises(InvalidArgumentError) as caught:
-                await w.client.resume_run("slow-1", request_id=request_id)
-            assert caught.value.reason == "REQUEST_ID_REUSED"
-            for call in (w.client.resume_run, w.client.cancel_run):
-                with pytest.raises(InvalidArgumentError) as caught:
-                    await call("slow-1", request_id="not one")
-                assert caught.value.violations[0].field == "request_id"
 
     run(scenario())
 
@@ -653,38 +277,6 @@ def test_steps_are_listed_in_pages(tmp_path: Path) -> None:
             for bad in ({"page_size": 1001}, {"page_size": -1}, {"first_step": -1}):
                 code, violations = await failure(stub.ListSteps(request(run_id="steps-1", **bad), timeout=5))
                 assert (code, violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, next(iter(bad)))
-
-    run(scenario())
-
-
-def test_a_step_is_shown_to_watchers_once_its_push_is_recorded_or_the_run_has_ended(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path, cancel_seconds=0.5, lease_seconds=1) as w:
-            await w.started("unpushed-1")
-            seen: list[StepEvent | Run] = []
-
-            async def watch() -> None:
-                async for event in w.client.watch_run("unpushed-1"):
-                    seen.append(event)
-
-            watching = asyncio.create_task(watch())
-            await asyncio.sleep(0.6)
-            assert not [event for event in seen if isinstance(event, StepEvent)]
-            assert (await w.client.get_run("unpushed-1")).policy_version == 0
-            await w.client.cancel_run("unpushed-1")
-            await watching
-            assert [event.step for event in seen if isinstance(event, StepEvent)] == [0]
-
-    run(scenario())
-
-
-def test_a_second_orchestrator_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with world(tmp_path):
-            with pytest.raises(InvalidArgumentError) as caught:
-                async with world(tmp_path):
-                    pass
-            assert caught.value.violations[0].field == "state_dir"
 
     run(scenario())
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.rpc.scripted_world import left_running, world
 from tests.rpc.serving import run
-from tests.rpc.test_orchestrator_service import left_running, world
 from tests.unit.run_inputs import sample_rows, step_outcome, step_record
 from tests.unit.test_ledger_schema import version_of, write_version_1
 from tether.errors import (

@@ -99,6 +99,7 @@ def test_every_bad_item_is_refused_alone_with_its_field() -> None:
     with_stub(scenario)
 
 
+@pytest.mark.alone
 def test_health_answers_while_a_huge_call_is_read() -> None:
     conversation = reward_pb2.ScoreItem(messages=[{}] * 60_000)
     huge = reward_pb2.ScoreRequest(items=[conversation] * 4)

@@ -189,6 +189,7 @@ def test_r17_a_thread_of_the_engine_that_is_stuck_is_noticed_in_time_and_its_ret
     run(main())
 
 
+@pytest.mark.alone  # a thread that gets no core for a while looks as one that is stuck
 @pytest.mark.parametrize("real", [real_generator, real_reference])
 def test_a_forward_pass_that_takes_long_is_no_failure(real: Callable[[Path], Any], tmp_path: Path) -> None:
     ended = threading.Event()
@@ -231,6 +232,7 @@ async def fake_generator() -> AsyncIterator[tuple[Served, list[ThreadPoolExecuto
         yield served, [served.runner.share_threads()]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("service", [fake_reward, fake_generator])
 @pytest.mark.parametrize("at_work", [False, True])
 def test_r17_an_executor_that_calls_need_is_noticed_when_it_is_stuck_and_not_when_it_is_busy(

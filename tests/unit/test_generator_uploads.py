@@ -331,6 +331,7 @@ def test_leftovers_give_way_for_their_bytes_as_well(tmp_path: Path) -> None:
     storage.close()
 
 
+@pytest.mark.alone
 def test_the_loop_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Removing and measuring large adapters takes seconds on some disks; calls and health must not wait for that."""
     storage = opened(tmp_path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tether.errors import InvalidArgumentError
 from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_pb2
-from tether_services.runtime.http.json_reading import MAX_STRUCTURE, check_readable, read_message
+from tether_services.runtime.http.json_reading import MAX_DEPTH, MAX_STRUCTURE, check_readable, parse_json, read_message
 from tether_services.runtime.http.json_writing import write_message
 
 CANARY = "canary-7c1d"
@@ -223,6 +223,32 @@ def test_a_document_of_too_many_values_is_refused_before_it_is_built() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         read(reward_pb2.ScoreRequest(), raw)
     assert caught.value.reason == "TOO_MANY_VALUES"
+
+
+@pytest.mark.parametrize("pair", ["[]", "{}"])
+def test_the_parser_never_goes_deep(pair: str) -> None:
+    """At the interpreter's own limit finalizers that the garbage collector runs meanwhile would fail as well."""
+
+    def nested(depth: int, *, closed: bool = True) -> bytes:
+        left, right = ("[", "]") if pair == "[]" else ('{"a":', "}")
+        return (left * depth + ("1" if pair == "{}" else "") + (right * depth if closed else "")).encode()
+
+    assert parse_json(nested(MAX_DEPTH)) is not None
+    for document in (nested(MAX_DEPTH + 1), nested(100_000), nested(100_000, closed=False), b"[" * 500 + b"}" * 500):
+        with pytest.raises(InvalidArgumentError, match="nested more than 32 deep"):
+            parse_json(document)
+
+
+def test_brackets_in_texts_are_no_depth() -> None:
+    text = "[{" * 1000 + '\\"' + "]" * 3 + "\n\\" + "[" * 50
+    document = json.dumps({"a": [{"b": text, text: []}] * 40, "c": "\\"})
+    assert parse_json(document.encode()) == json.loads(document)
+
+
+@given(st.recursive(st.text(alphabet='[]{}"\\a') | st.integers(0, 9), lambda inner: st.lists(inner, max_size=4)))
+def test_a_document_that_is_not_deep_is_read_whatever_its_texts_are(value: Any) -> None:
+    document = json.dumps({"value": value})
+    assert parse_json(document.encode()) == {"value": value}
 
 
 def test_messages_without_rules_for_reading_are_refused_when_the_service_starts() -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter
 
 from tether.errors import ResourceExhaustedError
-from tether_services.runtime.callers import Caller
+from tether_services.runtime.callers import ANONYMOUS, Caller
 from tether_services.runtime.refusals import CallerLabels
 
 CONCURRENCY_RETRY_SECONDS: Final = 0.25
@@ -114,6 +114,7 @@ class Quotas:
         self._tokens = Counter(
             f"tether_{service}_caller_tokens_total", "Tokens charged, by caller.", ["caller"], registry=registry
         )
+        self._tokens.labels(labels.of(ANONYMOUS.name))  # there from the start, like every series of a known name
         self._labels = labels
         self._max_calls = max_calls
         self._reserved_calls = reserved_calls

@@ -16,19 +16,27 @@ import grpc
 import grpc.aio
 
 from tests.reliability.fuzz import CANARY, MOVED, UNKNOWN, HostileRequest, draw_request
+from tests.reliability.http_fuzz import HttpConnection, draw_http_request
 from tests.reliability.questions import Questions
 from tests.reliability.recording import Recorder
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.world import World, WorldPlan, open_world
 from tether.reward import RewardClient
+from tether_services.local.deployment import free_ports
 
 REQUESTS: Final = (60_000, 1_000_000)
 """Of the short and the long form, over gRPC."""
+HTTP_REQUESTS: Final = (40_000, 500_000)
+"""The same over HTTP."""
+STATUSES: Final = frozenset({200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 417, 429, 431, 501, 503, 504, 505})
+"""Of answers over HTTP; 500 stands for a defect. 501 and 505: a verb, an encoding or a version that HTTP has not."""
 CONTROL_REQUESTS: Final = 2_000
-CALLERS: Final = 32
+CALLERS, HTTP_CALLERS = 32, 16
 CALL_SECONDS: Final = 20.0
 MOST_BYTES: Final = 512e6
 """That a service may ever hold."""
+HTTP_MOVED: Final = ("changed", "any value")
+"""Kinds in which what was a prompt may be a name, which an error tells its sender."""
 FORGED: Final = "forged"
 """Part of what the injections try to put into logs and metrics."""
 CONTROL_FLOOD_BYTES: Final = 40_000_000
@@ -39,14 +47,19 @@ OPTIONS: Final = [("grpc.max_send_message_length", -1), ("grpc.max_metadata_size
 async def run(trial: Trial) -> Outcome:
     """Send hostile requests beside an honest caller; the control has no limits on sizes and counts."""
     count = CONTROL_REQUESTS if trial.control else trial.count(*REQUESTS)
-    plan = WorldPlan(services=("reward",), sabotage={"reward": ["sizes"]} if trial.control else {})
+    [port] = free_ports(1)
+    http = f"127.0.0.1:{port}"
+    taken = {"reward": ["sizes"]} if trial.control else {}
+    plan = WorldPlan(services=("reward",), sabotage=taken, settings={"reward": {"http_address": http}})
     async with open_world(trial.folder, plan) as world:
         series = await asyncio.to_thread(read_series, world)
         questions, seen = Questions(world.recorder, Random(trial.random.random())), Seen()
         async with honest_caller(world, questions):
-            await asyncio.gather(
-                *(attack(world, seen, Random(trial.random.random()), count // CALLERS) for _ in range(CALLERS))
-            )
+            attacks = [attack(world, seen, Random(trial.random.random()), count // CALLERS) for _ in range(CALLERS)]
+            if not trial.control:
+                each = trial.count(*HTTP_REQUESTS) // HTTP_CALLERS
+                attacks += [attack_http(http, seen, Random(trial.random.random()), each) for _ in range(HTTP_CALLERS)]
+            await asyncio.gather(*attacks)
             if trial.control:
                 await flood(world)
         held = read_peak_bytes(world.processes["reward"].pid)
@@ -57,9 +70,10 @@ async def run(trial: Trial) -> Outcome:
         failures = [*leaks, *seen.failures, *([f"new series: {sorted(added)[:3]}"] if added else [])]
         failures += [] if world.processes["reward"].alive else ["the service has ended"]
     figures = {
-        "requests": sum(seen.codes.values()),
+        "requests": sum(seen.codes.values()) + sum(seen.statuses.values()),
         "codes": ", ".join(f"{code} {number}" for code, number in seen.codes.most_common()),
         "kinds": ", ".join(f"{kind} {number}" for kind, number in seen.kinds.most_common()),
+        "statuses": ", ".join(f"{status} {number}" for status, number in seen.statuses.most_common()),
         "honest calls": f"{len(questions.answered)} ({questions.codes()})",
         "most memory MB": round(held / 1e6),
     }
@@ -72,6 +86,8 @@ class Seen:
     def __init__(self) -> None:
         self.codes = Counter[str]()
         self.kinds = Counter[str]()
+        self.statuses = Counter[int]()
+        """Of answers over HTTP; 0 where the connection was closed instead."""
         self.errors: set[str] = set()
         self.failures: list[str] = []
 
@@ -99,6 +115,23 @@ async def send(recorder: Recorder, channel: grpc.aio.Channel, request: HostileRe
     seen.codes[code] += 1
     if request.kind == UNKNOWN and code not in ("UNIMPLEMENTED", "RESOURCE_EXHAUSTED"):  # the second: its metadata
         seen.failures.append(f"{request.method} ended with {code}")
+
+
+async def attack_http(address: str, seen: Seen, random: Random, count: int) -> None:
+    """Send so many HTTP requests, one after the other."""
+    connection = HttpConnection(address)
+    for _ in range(count):
+        kind, request = draw_http_request(random)
+        answer = await connection.send(request, seconds=CALL_SECONDS)
+        seen.statuses[answer.status] += 1
+        text = answer.body.decode("utf-8", "replace")
+        if answer.status and answer.status not in STATUSES:
+            seen.failures.append(f"{kind} over HTTP got {answer.status}: {text[:200]!r} for {request[:300]!r}")
+        if answer.status not in (0, 200) and '"code":' not in text.replace('"code": ', '"code":'):
+            seen.failures.append(f"{kind} over HTTP got {answer.status} without a code: {text[:200]!r}")
+        if kind not in HTTP_MOVED:
+            seen.errors.add(text if answer.status != 200 else "")
+    connection.close()
 
 
 async def flood(world: World) -> None:
@@ -171,7 +204,7 @@ def find_leaks(log: Path, metrics: str, errors: set[str]) -> list[str]:
 SCENARIOS = [
     Scenario(
         name="R16 hostile",
-        title="raw bytes, broken messages, floods, odd metadata and injections against the reward service",
+        title="raw bytes, broken messages, floods, odd metadata and injections, over gRPC and as JSON over HTTP",
         run=run,
         control="the limits of sizes and counts",
         caught_as=frozenset({"I8"}),

@@ -23,6 +23,10 @@ MAX_STRUCTURE: Final = 1_000_000
 STRUCTURE: Final = (b",", b":", b"[", b"{")
 """A document has no more values than it has of these, and each takes up to 70 bytes while it is read. Those in texts
 are counted as well: to tell them apart costs a hostile document's size many times over."""
+MAX_DEPTH: Final = 32
+"""Objects and arrays within each other; messages have a handful."""
+STRING_PATTERN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+NO_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 NAME_PATTERN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 """Only an unknown name that looks like a field is repeated in an error: any other may be a piece of somebody's text."""
 LONG_INTEGER_PATTERN: Final = re.compile(rb"(?<![0-9])[0-9]{80}")
@@ -63,6 +67,7 @@ def parse_json(raw: bytes) -> Any:
     if not raw:
         raise _malformed("The body is empty; send a JSON object, {} if there is nothing to say.")
     _check_size(raw)
+    _check_depth(raw)
     parse_int = _read_digits if LONG_INTEGER_PATTERN.search(raw) else None  # they may be in a text
     try:
         return json.loads(
@@ -72,8 +77,6 @@ def parse_json(raw: bytes) -> Any:
         raise _malformed(f"The body is not UTF-8 at byte {error.start}.") from None
     except json.JSONDecodeError as error:
         raise _malformed(f"The body is not JSON: {error.msg}, at line {error.lineno} column {error.colno}.") from None
-    except RecursionError:
-        raise _malformed("The body is nested too deeply.") from None
 
 
 def _check_size(raw: bytes) -> None:
@@ -81,6 +84,24 @@ def _check_size(raw: bytes) -> None:
     if sum(map(raw.count, STRUCTURE)) > MAX_STRUCTURE:
         message = f"The body has more than {MAX_STRUCTURE} of the characters , : [ and {{; send fewer items per call."
         raise InvalidArgumentError(message, reason="TOO_MANY_VALUES")
+
+
+def _check_depth(raw: bytes) -> None:
+    """Refuse a document that is nested more deeply than any message, before it is read.
+
+    The parser would stop by itself at the limit of the interpreter. But whatever the garbage collector finds while it
+    is that deep cannot be cleaned up either: finalizers of other calls fail there for want of a stack.
+    """
+    if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = STRING_PATTERN.sub(b"", raw).translate(None, NO_BRACKETS)
+    for _ in range(MAX_DEPTH):  # each turn takes the innermost level away
+        before = len(brackets)
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(brackets) == before:
+            break
+    if b"[]" in brackets or b"{}" in brackets or len(brackets) > MAX_DEPTH:  # fewer do not match: the parser says where
+        raise _malformed(f"The body is nested more than {MAX_DEPTH} deep, or its brackets do not match.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
