@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tether.credentials import CredentialOptions, TlsFiles
+from tether.credentials import TLS_VARIABLES, CredentialOptions, TlsFiles
 
 __all__ = ["Endpoint", "add_credentials", "credential_options"]
 
@@ -40,6 +41,9 @@ def add_credentials(parser: argparse.ArgumentParser) -> None:
         ("--key-file", "TETHER_KEY_FILE", "its key (PEM)"),
     ):
         group.add_argument(option, type=Path, metavar="FILE", help=f"{text}; {variable} otherwise")
+    group.add_argument(
+        "--server-name", metavar="NAME", help="name in the service's certificate, where it is not that of the address"
+    )
     group.add_argument("--token", action=_RefuseToken, help=argparse.SUPPRESS)  # not an abbreviation of --token-file
     group.add_argument(
         "--allow-plaintext-token",
@@ -50,9 +54,13 @@ def add_credentials(parser: argparse.ArgumentParser) -> None:
 
 def credential_options(known: argparse.Namespace) -> CredentialOptions:
     """Return what the options say, as every client takes it."""
-    files = (known.ca_file, known.certificate_file, known.key_file)
+    files = {name: getattr(known, name) for name in TLS_VARIABLES}
+    tls = None
+    if known.server_name or any(files.values()):  # each of the others still comes from the environment
+        found = {name: file or os.environ.get(TLS_VARIABLES[name]) or None for name, file in files.items()}
+        tls = TlsFiles(**found, server_name=known.server_name)
     return {
         "token": known.token_file,
-        "tls": TlsFiles(*files) if any(files) else None,
+        "tls": tls,
         "allow_plaintext_token": known.allow_plaintext_token,
     }
