@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from tests.rpc.certificates import Pair, authority, tls_files
-from tests.rpc.http_calls import JSON, LOCAL_HTTP, Reply, get, post, take
+from tests.rpc.http_calls import JSON, LOCAL_HTTP, Reply, get, post, take, talk
 from tests.rpc.serving import Served, run, serving
 from tests.rpc.token_inputs import add_token
 from tether_services.reward.config import RewardSettings
@@ -169,3 +169,20 @@ def test_a_certificate_that_is_replaced_is_shown_to_new_connections_and_old_ones
         assert await asyncio.to_thread(scenario_in_thread, port) == [first.chain.decode(), second.chain.decode()]
 
     with_reward(scenario, tls=files.settings())
+
+
+def test_strangers_are_refused_before_their_body_arrives_and_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    add_token(path)
+
+    async def scenario(served: Served, port: int) -> None:
+        head = f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n"
+        answer = await talk(port, head.encode())
+        assert answer.startswith(b"HTTP/1.1 401 ") and b"www-authenticate: Bearer" in answer
+        assert b"TOKEN_MISSING" in answer
+        labels = {"caller": "unknown", "reason": "TOKEN_MISSING"}
+        assert served.value("tether_reward_refused_calls_total", **labels) == 1
+        assert served.value("tether_reward_requests_total", method="Score", code="UNAUTHENTICATED") == 1
+        assert served.value("tether_reward_calls_in_flight") == 0
+
+    with_reward(scenario, tokens_file=str(path))

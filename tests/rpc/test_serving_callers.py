@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 from tests.rpc import reward_rules
 from tests.rpc.generator_serving import refusal
 from tests.rpc.serving import LOCAL, run, serving
 from tests.rpc.token_inputs import add_token, bearing
 from tether.v1 import reward_pb2, reward_pb2_grpc
+from tether_services.reward import scoring
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
+from tether_services.runtime.metrics import new_registry
 
 MODEL = {
     "name": "gate",
@@ -74,3 +78,45 @@ def test_a_flood_is_refused_while_others_and_the_trainer_find_places_and_turns(t
             assert served.value("tether_reward_rejected_total", reason="caller_full") == 1
 
     run(scenario())
+
+
+def test_the_items_of_a_polite_caller_and_of_the_trainer_are_read_before_those_that_a_flood_has_sent_earlier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens.toml"
+    flood, polite = add_token(path, name="flood"), add_token(path, name="polite")
+    trainer = add_token(path, name="trainer", lane="training")
+    given = RewardSettings.model_validate(LOCAL | {"engine": "fake", "tokens_file": str(path)})
+    first_may_end, sizes = threading.Event(), []
+    read_and_prepare = scoring.read_and_prepare
+
+    def slow_read(reader: Any, read: Any, identity: bytes) -> Any:
+        inputs, prepared = read_and_prepare(reader, read, identity)
+        assert first_may_end.wait(20)
+        sizes.append(len(inputs))
+        return inputs, prepared
+
+    monkeypatch.setattr(scoring, "read_and_prepare", slow_read)
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            service = RewardService(given, new_registry())
+            served = await stack.enter_async_context(serving(given, lambda registry: service))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(served.target))
+            stub: Any = reward_pb2_grpc.RewardServiceStub(channel)
+
+            def score(token: str, num_items: int) -> Any:
+                return stub.Score(score_request(num_items), timeout=30, metadata=bearing(token))
+
+            calls = [score(flood, 64) for _ in range(6)]
+            while service._scorer._num_waiting != 6 * 64:
+                await asyncio.sleep(0.002)
+            calls += [score(polite, 1), score(trainer, 2)]
+            while service._scorer._num_waiting != 6 * 64 + 3:
+                await asyncio.sleep(0.002)
+            first_may_end.set()
+            await asyncio.gather(*calls)
+
+    run(scenario())
+    assert sizes[0] == 64 and sorted(sizes) == [1, 2, *[64] * 6]
+    assert {1, 2} <= set(sizes[1:4])  # by arrival they would be the last two

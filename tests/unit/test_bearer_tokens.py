@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.rpc.token_inputs import add_token
 from tether.errors import InvalidArgumentError, UnauthenticatedError
 from tether_services.cli.main import main
+from tether_services.reward.shadow import SHADOW_CALLER
 from tether_services.runtime.access import read_bearer_token
 from tether_services.runtime.bearer_tokens import (
     TOKEN_PATTERN,
@@ -27,6 +28,7 @@ from tether_services.runtime.bearer_tokens import (
     new_token,
     read_tokens,
 )
+from tether_services.runtime.callers import ANONYMOUS, OWN_NAMES
 from tether_services.runtime.settings import CallerSettings
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -189,3 +191,10 @@ def test_the_token_is_printed_once_and_nothing_else_is(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tether_services", "token", "create", "a", "--scopes", "score", "--file"]
     done = subprocess.run([*words, str(tmp_path / "t.toml")], capture_output=True, text=True, timeout=60)
     assert TOKEN_PATTERN.fullmatch(done.stdout.strip()) and done.stderr == ""
+
+
+def test_names_of_the_services_own_callers_are_not_given_to_others() -> None:
+    for own in (ANONYMOUS, SHADOW_CALLER):
+        assert own.name in OWN_NAMES
+        with pytest.raises(ValueError, match="choose another name"):
+            CallerSettings(name=own.name, scopes=frozenset({"score"}))

@@ -149,3 +149,11 @@ def test_a_description_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     (version / "model.toml").write_bytes(b"#" * 100_000)
     with pytest.raises(InvalidArgumentError, match="larger than"):
         store(tmp_path).find(WANTED)
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 30_000, b"\xff\xfe", b"a = secret"])
+def test_a_description_that_is_no_toml_is_refused_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    (describe(tmp_path) / "model.toml").write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match="is not TOML") as caught:
+        store(tmp_path).find(WANTED)
+    assert "secret" not in caught.value.message

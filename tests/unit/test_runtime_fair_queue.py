@@ -306,3 +306,20 @@ def test_the_effort_of_a_batch_does_not_grow_with_the_backlog() -> None:
         return min(measure(backlog) for _ in range(5))
 
     assert least(seconds, 20_000) < 10 * least(seconds, 200)
+
+
+def seconds_to_drop(count: int) -> float:
+    """Return how long it takes to drop so many items of one caller, each with a key of its own, at best."""
+    times = []
+    for _ in range(3):
+        queue: FairQueue[int] = FairQueue(training_share=0.5)
+        for index in range(count):
+            queue.push(index, caller=A, tokens=1, key=index)
+        started = time.perf_counter()
+        assert queue.take(max_items=1, max_tokens=BIG, drop=lambda ticket: True) == []
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def test_dropping_the_items_of_many_calls_takes_a_time_that_grows_with_their_number_alone() -> None:
+    assert seconds_to_drop(4000) < 40 * seconds_to_drop(400)  # with their square it was 100 times as long

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from tether.errors import InternalError, TetherError
 from tether_services.reward.cache import ScoreCache, digest_item, identify_model
@@ -18,11 +18,14 @@ from tether_services.reward.models import Judgement, Refusal
 from tether_services.reward.pool import HeldModel
 from tether_services.runtime.batching import Batcher, Place
 from tether_services.runtime.callers import charge_tokens
+from tether_services.runtime.fair_gate import FairGate
 from tether_services.runtime.thread_clock import ThreadClock
 
 __all__ = ["Judged", "Scorer"]
 
 ResultT = TypeVar("ResultT")
+TURN_CREDIT_ITEMS: Final = 64
+"""Items, times its weight, that are read ahead for a caller that has used less than its fair share lately."""
 Inputs = Sequence[ScoreInput | Refusal]
 Outcome = Judgement | Refusal
 Prepared = PreparedItem | Refusal
@@ -49,6 +52,7 @@ class Scorer:
         self.batcher = Batcher[Queued, Outcome](self._run_batch, settings.batch, metrics.queue)
         # One thread: the tokenizers of some models must not be used by two at a time.
         self._text_clock = ThreadClock()
+        self._text_turns = FairGate(1, training_share=settings.batch.training_share, credit_tokens=TURN_CREDIT_ITEMS)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="reward-text", initializer=self._text_clock.attach)
         self._num_waiting = 0
 
@@ -95,7 +99,8 @@ class Scorer:
         caches = self.cache.is_on and held.cacheable
         identity = identify_model(held.model) if caches else b""
         with self._expecting(num_items), self.batcher.reserve(num_items) as place:  # a call without room is not read
-            inputs, prepared = await self.in_text_thread(read_and_prepare, held.model.reader, read, identity)
+            async with self._text_turn(num_items):
+                inputs, prepared = await self.in_text_thread(read_and_prepare, held.model.reader, read, identity)
             known = self._look_up(held, prepared) if caches else {}
             missing = [item for index, item in enumerate(prepared) if index not in known]
             judged = iter(await self._batch(held, missing, timeout_seconds=timeout_seconds, place=place))
@@ -116,9 +121,21 @@ class Scorer:
         Raises:
             TetherError: As `judge`.
         """
-        prepared = [await self.in_text_thread(prepare_one, held.model.reader, item, b"") for item in inputs]
+        prepared = []
+        for item in inputs:
+            async with self._text_turn(1):
+                prepared.append(await self.in_text_thread(prepare_one, held.model.reader, item, b""))
         judged = iter(await self._batch(held, prepared, timeout_seconds=timeout_seconds))
         return [item if isinstance(item, Refusal) else next(judged) for item in prepared]
+
+    @asynccontextmanager
+    async def _text_turn(self, num_items: int) -> AsyncIterator[None]:
+        """Hold the turn of a call whose items are to be read: the thread itself would serve by arrival."""
+        await self._text_turns.enter(tokens=num_items)
+        try:
+            yield
+        finally:
+            self._text_turns.leave()
 
     def _look_up(self, held: HeldModel, prepared: Sequence[Prepared]) -> dict[int, Judgement]:
         """Return the scores that are in the cache, by the place of their item."""

@@ -174,8 +174,9 @@ def _parse(path: Path) -> dict[str, Any]:
         if len(text) > MAX_MODEL_FILE_BYTES:
             raise InvalidArgumentError(f"{path} is larger than {MAX_MODEL_FILE_BYTES} bytes.", field="version")
         values: Mapping[str, Any] = tomllib.loads(text.decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"{path} is not valid TOML: {error}", field="version") from error
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path} cannot be read or is not TOML ({type(error).__name__})."  # nothing of it is quoted
+        raise InvalidArgumentError(message, field="version") from error
     return dict(values)
 
 

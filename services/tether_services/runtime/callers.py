@@ -10,6 +10,9 @@ from typing import Final, Literal
 from tether_services.runtime.scopes import SCOPES
 
 Lane = Literal["shared", "training"]
+OWN_NAMES: Final = ("anonymous", "shadow")
+"""Callers that are not the operator's: everybody where a service is open, and a candidate that scores along. They have
+other places and turns than named callers, which somebody of the same name would share."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,28 +48,31 @@ class Ticket(Generic[ValueT]):
 
 @dataclass(slots=True, eq=False)
 class _Flow(Generic[ValueT]):
-    """The waiting items of one caller, oldest first within each key."""
+    """The waiting items of one caller, oldest first."""
 
     weight: float
     tag: float
+    waiting: OrderedDict[int, Ticket[ValueT]] = field(default_factory=OrderedDict)
     groups: dict[Hashable, OrderedDict[int, Ticket[ValueT]]] = field(default_factory=dict)
+    """The same by key, because a caller may have as many keys as items."""
     in_heap: bool = False
 
     def add(self, ticket: Ticket[ValueT]) -> None:
+        self.waiting[ticket.number] = ticket
         self.groups.setdefault(ticket.key, OrderedDict())[ticket.number] = ticket
 
     def discard(self, ticket: Ticket[ValueT]) -> bool:
         """Take the ticket out; False if it was not in."""
-        group = self.groups.get(ticket.key)
-        if group is None or group.pop(ticket.number, None) is None:
+        if self.waiting.pop(ticket.number, None) is None:
             return False
+        group = self.groups[ticket.key]
+        del group[ticket.number]
         if not group:
             del self.groups[ticket.key]
         return True
 
     def oldest(self) -> Ticket[ValueT] | None:
-        heads = (next(iter(group.values())) for group in self.groups.values())
-        return min(heads, key=lambda ticket: ticket.number, default=None)
+        return next(iter(self.waiting.values()), None)
 
     def oldest_of(self, key: Hashable) -> Ticket[ValueT] | None:
         group = self.groups.get(key)
@@ -205,10 +208,10 @@ class FairQueue(Generic[ValueT]):
             lane.tag += ticket.tokens / lane.share
             left -= ticket.tokens
             batch.append(ticket)
-            if flow.groups:
+            if flow.waiting:
                 lane.enter(flow, number=number)
         for lane, number, flow in passed_over:
-            if flow.groups:
+            if flow.waiting:
                 lane.enter(flow, number=number)
         return batch
 
@@ -225,6 +228,7 @@ class FairQueue(Generic[ValueT]):
             lane.size = lane.tokens = 0
             lane.tag = lane.time = 0.0
             for flow in lane.flows.values():
+                flow.waiting.clear()
                 flow.groups.clear()
             lane.flows.clear()
             lane.heap.clear()

@@ -1,7 +1,9 @@
 """The one gRPC server interceptor: every method runs through the pipeline, every error leaves as a rich status.
 
-Requests are parsed here, after the call was admitted: a refused call costs no parsing, and a message that cannot be
-parsed is the caller's mistake (INVALID_ARGUMENT), where gRPC alone would report a defect of the service.
+Requests are read and parsed here, after the call was admitted. To gRPC every method takes a stream of requests, because
+of a single one it would hold the bytes before it asks whether the call is wanted: strangers could fill the memory with
+messages that they never finish. A message that cannot be parsed is the caller's mistake (INVALID_ARGUMENT), where gRPC
+alone would report a defect of the service.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ Handler: TypeAlias = Any
 Context: TypeAlias = Any
 """A grpc.aio.ServicerContext, likewise."""
 Parse: TypeAlias = Callable[[bytes], Any]
+Behaviour: TypeAlias = Callable[[Any, Context], Any]
+"""What a handler calls: a coroutine function, or one that gives an asynchronous iterator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,41 +59,53 @@ def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str, metada
         return CallInfo(method, metadata, context.time_remaining(), read_identities(context), context.peer())
 
     if handler.unary_unary:
-        unary = _wrap_unary(handler.unary_unary, pipeline, describe, lambda request: parse_message(parse, request))
-        return grpc.unary_unary_rpc_method_handler(unary, **serialize)
+        unary = _wrap_unary(_after_request(handler.unary_unary, parse), pipeline, describe)
+        return grpc.stream_unary_rpc_method_handler(unary, **serialize)
     if handler.stream_unary:
-        unary = _wrap_unary(handler.stream_unary, pipeline, describe, lambda requests: _parse_all(parse, requests))
+        unary = _wrap_unary(_with_requests(handler.stream_unary, parse), pipeline, describe)
         return grpc.stream_unary_rpc_method_handler(unary, **serialize)
     if handler.unary_stream:
-        stream = _wrap_stream(handler.unary_stream, pipeline, describe, lambda request: parse_message(parse, request))
-        return grpc.unary_stream_rpc_method_handler(stream, **serialize)
+        stream = _wrap_stream(_stream_after_request(handler.unary_stream, parse), pipeline, describe)
+        return grpc.stream_stream_rpc_method_handler(stream, **serialize)
     raise NotImplementedError(f"{method}: no method of the contract streams both ways")
 
 
-def _wrap_unary(
-    behaviour: Callable[[Any, Context], Awaitable[Any]],
-    pipeline: Pipeline,
-    describe: Callable[[Context], CallInfo],
-    read: Callable[[Any], Any],
-) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def call(raw: Any, context: Context) -> Any:
+def _after_request(behaviour: Behaviour, parse: Parse) -> Behaviour:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
+        return await behaviour(await _parse_one(parse, requests), context)
+
+    return call
+
+
+def _with_requests(behaviour: Behaviour, parse: Parse) -> Behaviour:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
+        return await behaviour(_parse_all(parse, requests), context)
+
+    return call
+
+
+def _stream_after_request(behaviour: Behaviour, parse: Parse) -> Behaviour:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        async for response in behaviour(await _parse_one(parse, requests), context):
+            yield response
+
+    return call
+
+
+def _wrap_unary(behaviour: Behaviour, pipeline: Pipeline, describe: Callable[[Context], CallInfo]) -> Behaviour:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
         try:
-            return await pipeline.answer(describe(context), lambda: behaviour(read(raw), context))
+            return await pipeline.answer(describe(context), lambda: behaviour(requests, context))
         except TetherError as error:
             await abort(context, error)
 
     return call
 
 
-def _wrap_stream(
-    behaviour: Callable[[Any, Context], AsyncIterator[Any]],
-    pipeline: Pipeline,
-    describe: Callable[[Context], CallInfo],
-    read: Callable[[Any], Any],
-) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def call(raw: Any, context: Context) -> AsyncIterator[Any]:
+def _wrap_stream(behaviour: Behaviour, pipeline: Pipeline, describe: Callable[[Context], CallInfo]) -> Behaviour:
+    async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in pipeline.stream(describe(context), lambda: behaviour(read(raw), context)):
+            async for response in pipeline.stream(describe(context), lambda: behaviour(requests, context)):
                 yield response
         except TetherError as error:
             await abort(context, error)
@@ -109,6 +125,12 @@ def parse_message(parse: Parse, raw: bytes) -> Any:
         raise InvalidArgumentError(
             "The request is not a message of this method: its bytes cannot be parsed.", reason="MALFORMED_MESSAGE"
         ) from None
+
+
+async def _parse_one(parse: Parse, requests: AsyncIterator[bytes]) -> Any:
+    async for raw in requests:
+        return parse_message(parse, raw)
+    raise InvalidArgumentError("The call ended before its request.", reason="MALFORMED_MESSAGE")
 
 
 async def _parse_all(parse: Parse, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:

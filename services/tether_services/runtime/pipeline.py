@@ -59,6 +59,18 @@ class Pipeline:
             async for response in behaviour():
                 yield response
 
+    def recognise(self, call: CallInfo) -> None:
+        """Refuse now whom `answer` would refuse for who it is; for a port that must read before it can answer.
+
+        Raises:
+            TetherError: It is counted; the call must not be answered as well.
+        """
+        try:
+            self.identify(call)
+        except TetherError:
+            with self._counted(call):
+                raise
+
     @contextmanager
     def _admitted(self, call: CallInfo) -> Iterator[None]:
         caller = self.identify(call)

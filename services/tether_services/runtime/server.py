@@ -337,12 +337,15 @@ class ServiceRunner:
 
     async def close(self) -> None:
         """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
-        log_event(log, "draining", notice_seconds=self._settings.drain_notice_seconds)
+        is_sent_calls = self.health.not_ready_reason is None
+        notice_seconds = self._settings.drain_notice_seconds if is_sent_calls else 0.0
+        log_event(log, "draining", notice_seconds=notice_seconds)
         await self.health.draining()
-        await asyncio.sleep(self._settings.drain_notice_seconds)
+        await asyncio.sleep(notice_seconds)
         for watch in (self._watch, self._file_watch):
             if watch is not None:
                 watch.cancel()
+        self.health.end_watches()
         grace = self._settings.drain_seconds
         await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tether.errors import FieldViolation, InvalidArgumentError
-from tether_services.runtime.callers import Caller, Lane
+from tether_services.runtime.callers import OWN_NAMES, Caller, Lane
 from tether_services.runtime.checks import NAME_PATTERN
 from tether_services.runtime.scopes import SCOPES
 
@@ -52,6 +52,13 @@ class CallerSettings(Settings):
     """Tokens it may have computed, averaged, with a burst of one second's worth; unset: no limit."""
     max_concurrency: int | None = Field(default=None, ge=1, le=1_000_000)
     """Calls it may have in flight; unset: no limit."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name in OWN_NAMES:
+            raise ValueError(f"{name!r} is a caller of the services themselves; choose another name")
+        return name
 
     @field_validator("scopes")
     @classmethod

@@ -23,6 +23,7 @@ from tether.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from tether_services.documents.connect import HTTP_STATUSES
 from tether_services.runtime.http.answers import CLOSE, Answer, Receive, Refused, Send, error_answer
 from tether_services.runtime.http.bodies import (
     BodyLimits,
@@ -137,6 +138,7 @@ class Front:
             await self._read_only(scope["path"]).send(send)
             return
         exchange = self._open(scope, arrived)
+        self._recognise(scope["path"], exchange)
         limits = self._limit_body(exchange)
         raw = await read_body(body, limits, share)
         if _header(exchange, "content-encoding") == "gzip":
@@ -176,6 +178,13 @@ class Front:
         seconds = _read_timeout(headers, self._options.default_seconds)
         state = scope["state"]
         return Exchange(form, metadata, state["identities"], state["peer"], arrived + seconds)
+
+    def _recognise(self, path: str, exchange: Exchange) -> None:
+        """Refuse strangers before they take a part of the memory for bodies, which all callers share."""
+        try:
+            self._methods.recognise(path, exchange)
+        except TetherError as error:
+            raise Refused(HTTP_STATUSES[error.code], error) from error
 
     def _limit_body(self, exchange: Exchange) -> BodyLimits:
         options = self._options

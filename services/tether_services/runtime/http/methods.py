@@ -151,6 +151,14 @@ class ConnectMethods(ConnectASGIApplication[None]):
         """Return where it is mounted; the paths of the endpoints are whole."""
         return ""
 
+    def recognise(self, path: str, exchange: Exchange) -> None:
+        """Refuse a call whose caller may not make it, before its body is read.
+
+        Raises:
+            TetherError: As `Pipeline.recognise`.
+        """
+        self._pipeline.recognise(exchange.describe(path))
+
     def _endpoint(self, method: Method) -> Any:
         service, _, name = method.path[1:].partition("/")
         info: MethodInfo[Any, Any] = MethodInfo(
