@@ -119,8 +119,9 @@ def _run_all(jobs: Sequence[Job], known: argparse.Namespace) -> list[Result]:
     results = []
     for alone, at_once in ((False, known.jobs), (True, 1)):
         chosen = [job for job in jobs if job.scenario.alone is alone]
-        work = run_jobs(chosen, at_once=at_once, command=[*COMMAND, *options], limit=limit, keep=keep)
-        results += asyncio.run(work) if chosen else []
+        if chosen:
+            work = run_jobs(chosen, at_once=at_once, command=[*COMMAND, *options], limit=limit, keep=keep)
+            results += asyncio.run(work)
     return results
 
 

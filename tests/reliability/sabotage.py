@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -257,10 +258,15 @@ def _take_out_epoch() -> None:
 
 
 def _take_out_drain() -> None:
-    """A service that is told to end does so at once."""
+    """A service that is told to end does so at once, in the middle of a call."""
     from tether_services.runtime.server import ServiceRunner
 
-    _set(ServiceRunner, "close", lambda self: os._exit(0))
+    async def end(self: ServiceRunner) -> None:
+        while not self._registry.get_sample_value("tether_reward_calls_in_flight"):
+            await asyncio.sleep(0.001)
+        os._exit(0)
+
+    _set(ServiceRunner, "close", end)
 
 
 def _leak() -> None:

@@ -59,13 +59,22 @@ NOT_WAITED_FOR: Final = (BREAKER_OPEN, "ADAPTER_MISSING")
 """Reasons of UNAVAILABLE that end a call at once: a breaker has its own probe, an adapter somebody must push."""
 
 
-def service_config(*, retries: bool = True) -> dict[str, Any]:
+def has_replicas(target: str) -> bool:
+    """Return whether a target stands for several addresses, of which one may take the calls of another."""
+    return target.startswith("dns:") or "," in target
+
+
+def service_config(*, retries: bool = True, replicas: bool = False) -> dict[str, Any]:
     """Return the gRPC service config: spread over all addresses, repeat UNAVAILABLE where a call has no effect.
 
     Args:
         retries: False for callers that repeat calls themselves: nested repeats multiply.
+        replicas: Watch the health of each address and send no calls to those that say they do not serve, so that one
+            which drains or whose engine has died costs none. Of a single address the service itself says why.
     """
     balancing: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if replicas:
+        balancing["healthCheckConfig"] = {"serviceName": ""}
     if not retries:
         return balancing
     names = [{"service": service, "method": name} for service, names in EFFECT_FREE_METHODS.items() for name in names]
@@ -86,7 +95,7 @@ def service_config(*, retries: bool = True) -> dict[str, Any]:
     }
 
 
-def channel_options(*, retries: bool = True) -> list[tuple[str, int | str]]:
+def channel_options(*, retries: bool = True, replicas: bool = False) -> list[tuple[str, int | str]]:
     """Return the channel arguments of a client. gRPC ignores unknown keys, so the tests assert the effect of these."""
     return [
         ("grpc.keepalive_time_ms", 20_000),
@@ -96,14 +105,11 @@ def channel_options(*, retries: bool = True) -> list[tuple[str, int | str]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),  # how long a peer that accepts and then is silent holds an attempt
         ("grpc.max_reconnect_backoff_ms", 1_000),  # so that a service which is back is used again soon
-        (
-            "grpc.dns_min_time_between_resolutions_ms",
-            2_000,
-        ),  # asked only when a connection ends: new replicas are found
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # asked when a connection ends: finds new replicas
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(service_config(retries=retries))),
+        ("grpc.service_config", json.dumps(service_config(retries=retries, replicas=replicas))),
     ]
 
 
@@ -142,7 +148,7 @@ def channel_with(
         retries: As in ServiceClient.
         own_connection: Share the connection with no other channel of this process.
     """
-    options = [*channel_options(retries=retries), *credentials.options]
+    options = [*channel_options(retries=retries, replicas=has_replicas(target)), *credentials.options]
     if own_connection:
         options.append(("grpc.use_local_subchannel_pool", 1))
 

@@ -13,7 +13,7 @@ from tests.reliability.scenario import Outcome, Scenario, Trial
 from tether.reward import RewardClient
 
 PER_SECOND: Final = 50.0
-RULE_SECONDS: Final = 0.02
+RULE_SECONDS: Final = 0.015
 """Of each score, so that calls are in flight whenever a replica is told to end."""
 SETTLED_SECONDS: Final = 0.7
 """From a replica that serves again to the next one: it is used again by then."""
