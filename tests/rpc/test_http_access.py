@@ -8,6 +8,7 @@ import json
 import secrets
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -186,3 +187,34 @@ def test_strangers_are_refused_before_their_body_arrives_and_counted_once(tmp_pa
         assert served.value("tether_reward_calls_in_flight") == 0
 
     with_reward(scenario, tokens_file=str(path))
+
+
+def test_a_caller_that_holds_bodies_back_leaves_room_for_those_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    greedy, polite = add_token(path, name="greedy"), add_token(path, name="polite")
+    size = 60_000
+
+    async def hold(port: int, stack: AsyncExitStack) -> None:
+        """Send nearly all of a body, and nothing more."""
+        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        stack.callback(writer.close)
+        head = f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"authorization: Bearer {greedy}\r\ncontent-length: {size}\r\n\r\n"
+        writer.write(head.encode() + b" " * (size - 10))
+        await writer.drain()
+
+    async def scenario(served: Served, port: int) -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(100):
+                await hold(port, stack)
+            body = b'{"items": [{"prompt": "a", "response": "b"}]}'.ljust(size)
+            head = f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\nconnection: close\r\n"
+            answers = [
+                await talk(port, f"{head}authorization: Bearer {token}\r\n\r\n".encode() + body)
+                for token in (greedy, polite)
+            ]
+        assert answers[0].startswith(b"HTTP/1.1 429 ") and b"BODIES_FULL" in answers[0], "the control: no room is left"
+        assert answers[1].startswith(b"HTTP/1.1 200 ")
+
+    with_reward(scenario, tokens_file=str(path), max_message_bytes=65_536)

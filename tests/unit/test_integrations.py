@@ -130,6 +130,11 @@ def test_an_unscored_that_is_no_reward_is_refused(unscored: Any) -> None:
         ScoringOptions("127.0.0.1:1", unscored=unscored)
 
 
+def test_a_token_is_not_shown_with_the_options() -> None:
+    options = ScoringOptions("127.0.0.1:1", client_options={"token": "tether_secret"})
+    assert "secret" not in repr(options)
+
+
 def test_a_trainer_that_knows_only_numbers_refuses_none() -> None:
     with pytest.raises(InvalidArgumentError, match="verl has no reward that means 'not scored'"):
         ScoringOptions("127.0.0.1:1", unscored=None).need_a_number("verl")

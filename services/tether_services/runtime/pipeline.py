@@ -59,14 +59,14 @@ class Pipeline:
             async for response in behaviour():
                 yield response
 
-    def recognise(self, call: CallInfo) -> None:
-        """Refuse now whom `answer` would refuse for who it is; for a port that must read before it can answer.
+    def recognise(self, call: CallInfo) -> Caller:
+        """Return who calls, or refuse now as `answer` would; for a port that must read before it can answer.
 
         Raises:
             TetherError: It is counted; the call must not be answered as well.
         """
         try:
-            self.identify(call)
+            return self.identify(call)
         except TetherError:
             with self._counted(call):
                 raise

@@ -42,8 +42,8 @@ class ScoringOptions:
     """Version of the model; empty: whichever is loaded."""
     unscored: Unscored = "raise"
     """What an item that cannot be scored, such as an empty response, is worth: "raise", a finite number, or None."""
-    client_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the client, such as `timeout_seconds`."""
+    client_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Further arguments of the client, such as `timeout_seconds`; never shown, as a token may be among them."""
 
     def __post_init__(self) -> None:
         RewardClient(self.target, **self.client_options)  # opens nothing; a bad option shows now, not after a rollout

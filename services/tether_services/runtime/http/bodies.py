@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tether.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
+from tether_services.runtime.callers import ANONYMOUS
 from tether_services.runtime.http.answers import Receive, Refused
 
 GZIP_BITS: Final = 31
@@ -28,6 +30,8 @@ class Budget:
     """At most this many."""
     held: int = field(default=0, init=False)
     """Now in memory."""
+    held_by: Counter[str] = field(default_factory=Counter, init=False)
+    """The same by caller."""
 
     @contextmanager
     def share(self) -> Iterator[Share]:
@@ -37,6 +41,19 @@ class Budget:
             yield share
         finally:
             self.held -= share.taken
+            self.held_by[share.caller] -= share.taken
+            self.held_by += Counter()  # forgets those that hold nothing
+
+    def room_of(self, caller: str, *, beside: int) -> int:
+        """Return how many bytes a caller may hold: half of what the others leave, so that these always find some.
+
+        Args:
+            caller: Its name. ANONYMOUS is everybody, and may hold all.
+            beside: Bytes that other requests of it hold; without any, the one request is bounded by its own size.
+        """
+        if caller == ANONYMOUS.name or not beside:
+            return self.limit
+        return (self.limit - (self.held - self.held_by[caller])) // 2
 
 
 @dataclass(slots=True)
@@ -45,6 +62,8 @@ class Share:
 
     budget: Budget
     """Whose."""
+    caller: str = ANONYMOUS.name
+    """Whose request it is; to be set before anything is taken."""
     taken: int = field(default=0, init=False)
     """Bytes."""
 
@@ -52,13 +71,16 @@ class Share:
         """Take more bytes.
 
         Raises:
-            Refused: There are none left.
+            Refused: There are none left, for anybody or for this caller.
         """
-        if self.budget.held + count > self.budget.limit:
-            message = f"The requests in flight hold {self.budget.limit} bytes already; call again shortly."
+        own = self.budget.held_by[self.caller]
+        room = self.budget.room_of(self.caller, beside=own - self.taken)
+        if self.budget.held + count > self.budget.limit or own + count > room:
+            message = "The bodies of the requests in flight hold as much memory as they may; call again shortly."
             error = ResourceExhaustedError(message, reason="BODIES_FULL", retry_after_seconds=1.0)
             raise Refused(429, error)
         self.budget.held += count
+        self.budget.held_by[self.caller] += count
         self.taken += count
 
 

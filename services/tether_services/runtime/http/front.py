@@ -138,7 +138,7 @@ class Front:
             await self._read_only(scope["path"]).send(send)
             return
         exchange = self._open(scope, arrived)
-        self._recognise(scope["path"], exchange)
+        share.caller = self._recognise(scope["path"], exchange)
         limits = self._limit_body(exchange)
         raw = await read_body(body, limits, share)
         if _header(exchange, "content-encoding") == "gzip":
@@ -179,10 +179,10 @@ class Front:
         state = scope["state"]
         return Exchange(form, metadata, state["identities"], state["peer"], arrived + seconds)
 
-    def _recognise(self, path: str, exchange: Exchange) -> None:
-        """Refuse strangers before they take a part of the memory for bodies, which all callers share."""
+    def _recognise(self, path: str, exchange: Exchange) -> str:
+        """Return who calls, and refuse strangers before they take a part of the memory for bodies."""
         try:
-            self._methods.recognise(path, exchange)
+            return self._methods.recognise(path, exchange).name
         except TetherError as error:
             raise Refused(HTTP_STATUSES[error.code], error) from error
 

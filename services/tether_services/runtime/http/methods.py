@@ -21,6 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from tether.errors import DeadlineExceededError, TetherError
 from tether_services.documents.connect import connect_code
+from tether_services.runtime.callers import Caller
 from tether_services.runtime.http.json_reading import check_readable, read_message
 from tether_services.runtime.http.json_writing import write_message
 from tether_services.runtime.interceptor import parse_message
@@ -151,13 +152,13 @@ class ConnectMethods(ConnectASGIApplication[None]):
         """Return where it is mounted; the paths of the endpoints are whole."""
         return ""
 
-    def recognise(self, path: str, exchange: Exchange) -> None:
-        """Refuse a call whose caller may not make it, before its body is read.
+    def recognise(self, path: str, exchange: Exchange) -> Caller:
+        """Return who makes a call, before its body is read; refuse whoever may not make it.
 
         Raises:
             TetherError: As `Pipeline.recognise`.
         """
-        self._pipeline.recognise(exchange.describe(path))
+        return self._pipeline.recognise(exchange.describe(path))
 
     def _endpoint(self, method: Method) -> Any:
         service, _, name = method.path[1:].partition("/")
