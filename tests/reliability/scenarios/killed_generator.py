@@ -74,10 +74,19 @@ class Killer:
 
     @property
     def most_tries(self) -> int:
-        """Return how often a generator was begun to be sent the same version at most."""
-        lines = [line for line in read_history(self.world.recorder.path) if line["kind"] == "pushing"]
-        begun = Counter((line["run"], line["policy_version"]) for line in lines if line["run"] == PARTS)
-        return max(begun.values(), default=0)
+        """Return how often a generator was begun to be sent a version at most until it was active.
+
+        One whose store is gone with it is sent the same version again later: that is another push.
+        """
+        lines = [line for line in read_history(self.world.recorder.path) if line.get("run") == PARTS]
+        begun, most = Counter[int](), 0
+        for line in sorted(lines, key=lambda line: line.get("t", 0.0)):
+            if line["kind"] == "pushing":
+                begun[line["policy_version"]] += 1
+                most = max(most, begun[line["policy_version"]])
+            elif line["kind"] == "activated":
+                begun[line["policy_version"]] = 0
+        return most
 
     async def kill_all(self, entries: list[str]) -> None:
         """Let one generator after the other be killed, until the run ends."""
