@@ -218,7 +218,7 @@ def test_a_peer_that_accepts_and_is_silent_does_not_hold_a_connection_attempt(
     options["grpc.min_reconnect_backoff_ms"] = 500
     if not bounded:  # the control: gRPC's own bound is 20 s
         del options["grpc.min_reconnect_backoff_ms"]
-    monkeypatch.setattr(tether.channel, "channel_options", lambda retries: list(options.items()))
+    monkeypatch.setattr(tether.channel, "channel_options", lambda retries, replicas: list(options.items()))
 
     async def main() -> type[TetherError]:
         with silent_listener() as listener:

@@ -325,7 +325,7 @@ def test_a_frozen_peer_is_noticed_by_pings_long_before_the_deadline(monkeypatch:
     options = dict(tether.channel.channel_options())
     quick: dict[str, int | str] = {"grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
     assert quick.keys() <= options.keys()
-    monkeypatch.setattr(tether.channel, "channel_options", lambda retries: list((options | quick).items()))
+    monkeypatch.setattr(tether.channel, "channel_options", lambda retries, replicas: list((options | quick).items()))
     server = subprocess.Popen([sys.executable, "-c", FROZEN_SERVER], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
 
