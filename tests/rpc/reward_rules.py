@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Final
 
 GATE = threading.Event()
 """Set: `wait_for_gate` returns."""
+GATED_MODEL: Final = {
+    "name": "gate",
+    "components": [{"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}],
+}
+"""Settings of a model that judges nothing before the gate is open."""
 
 
 def number(prompt: str, response: str) -> float:

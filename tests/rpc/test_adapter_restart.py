@@ -139,7 +139,7 @@ def test_every_flipped_bit_on_the_disk_is_noticed(tmp_path: Path, name: str) -> 
                 assert set(await list_adapters(serving.adapters)) == {("run-a", 1), ("run-a", 3)}
                 (aside,) = (tmp_path / "damaged").iterdir()
                 assert aside.name == f"run-a-{path.parent.name}"
-                refused = await refusal(serving.generator.Generate(generate_request(), timeout=0.5))
+                refused = await refusal(serving.generator.Generate(generate_request(), timeout=5))
                 assert (refused.code, refused.reason) == (UNAVAILABLE, "ADAPTER_MISSING")
                 aside.rename(path.parent)
             path.write_bytes(good)
@@ -153,7 +153,7 @@ def test_an_active_version_that_did_not_come_back_is_never_replaced_by_the_base(
         (stored(tmp_path, 2) / WEIGHTS_NAME).unlink()
         async with serve_on(tmp_path) as serving:
             assert await active(serving) == ("run-a", 2, "")
-            unpinned = await refusal(serving.generator.Generate(generate_request(), timeout=0.5))
+            unpinned = await refusal(serving.generator.Generate(generate_request(), timeout=5))
             assert (unpinned.code, unpinned.reason) == (UNAVAILABLE, "ADAPTER_MISSING")
             pinned = await refusal(serving.generator.Generate(generate_request(policy_version=2), timeout=5))
             assert pinned.reason == "VERSION_NOT_LOADED"

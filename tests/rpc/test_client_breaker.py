@@ -172,7 +172,7 @@ def test_r5_a_frozen_service_ends_every_call_in_time_and_is_called_again_soon_af
 
     async def use_it(target: str) -> None:
         async with RewardClient(target, timeout_seconds=0.6, retries=False, breaker=breaker) as client:
-            await client.score([ITEM])
+            await client.score([ITEM], timeout_seconds=20)
             os.kill(server.pid, signal.SIGSTOP)
             frozen = time.monotonic()
             outcomes = []
@@ -191,7 +191,7 @@ def test_r5_a_frozen_service_ends_every_call_in_time_and_is_called_again_soon_af
             assert refused[0] < 3
             assert len(outcomes) - len(refused) == 3, "all others were refused without a call"
             assert await client.breaker.wait_until_closed(5)
-            assert (await client.score([ITEM])).scores[0].error is None
+            assert (await client.score([ITEM], timeout_seconds=20)).scores[0].error is None
 
     try:
         asyncio.run(use_it(server.stdout.readline().strip()))

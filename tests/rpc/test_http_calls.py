@@ -25,10 +25,6 @@ from tether_services.runtime.settings import ServerSettings
 SCORE = "/tether.v1.RewardService/Score"
 ITEM = {"prompt": "Once", "response": " upon a time"}
 EXPECTED = fake_text_score("Once", " upon a time")
-SLOW_MODEL = {
-    "name": "slow",
-    "components": [{"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}],
-}
 
 
 def with_reward(scenario: Callable[[Served, int], Awaitable[None]], **values: Any) -> None:
@@ -123,7 +119,7 @@ def test_a_full_queue_says_when_to_call_again_in_a_header_and_a_detail() -> None
         delay = refused.detail("RetryInfo").retry_delay
         assert int(refused.headers["retry-after"]) >= delay.ToMilliseconds() / 1000 > 0
 
-    with_reward(scenario, models=[SLOW_MODEL], max_items=1, batch={"queue_limit": 2, "max_items": 1})
+    with_reward(scenario, models=[reward_rules.GATED_MODEL], max_items=1, batch={"queue_limit": 2, "max_items": 1})
 
 
 def test_the_deadline_is_the_callers_or_the_services_default() -> None:
@@ -143,7 +139,7 @@ def test_the_deadline_is_the_callers_or_the_services_default() -> None:
         finally:
             reward_rules.GATE.set()
 
-    with_reward(scenario, models=[SLOW_MODEL], http_timeout_seconds=0.1)
+    with_reward(scenario, models=[reward_rules.GATED_MODEL], http_timeout_seconds=0.1)
 
 
 def test_a_caller_that_leaves_gives_its_call_up() -> None:
@@ -162,7 +158,7 @@ def test_a_caller_that_leaves_gives_its_call_up() -> None:
         finally:
             reward_rules.GATE.set()
 
-    with_reward(scenario, models=[SLOW_MODEL])
+    with_reward(scenario, models=[reward_rules.GATED_MODEL])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +256,7 @@ def test_draining_lets_calls_in_flight_finish_and_closes_connections() -> None:
         with pytest.raises(ConnectionRefusedError):
             await get(port, "/healthz")
 
-    with_reward(scenario, models=[SLOW_MODEL], drain_seconds=10)
+    with_reward(scenario, models=[reward_rules.GATED_MODEL], drain_seconds=10)
 
 
 def test_before_it_drains_a_service_says_so_and_still_answers() -> None:
@@ -298,7 +294,7 @@ def test_a_call_that_outlives_the_drain_is_ended(caplog: pytest.LogCaptureFixtur
             reward_rules.GATE.set()
         await closing
 
-    with_reward(scenario, models=[SLOW_MODEL], drain_seconds=0.2)
+    with_reward(scenario, models=[reward_rules.GATED_MODEL], drain_seconds=0.2)
     assert "Traceback" not in caplog.text
 
 

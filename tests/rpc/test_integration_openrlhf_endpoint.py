@@ -73,8 +73,7 @@ def service() -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def gated() -> Iterator[Served]:
     """A service that answers once the gate is open."""
-    part = {"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}
-    with reward_in_thread(models=[{"name": "gate", "components": [part]}]) as served:
+    with reward_in_thread(models=[reward_rules.GATED_MODEL]) as served:
         yield served
 
 

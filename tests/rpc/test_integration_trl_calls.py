@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.rpc import reward_rules
 from tests.rpc.reward_serving import reward_in_thread
 from tests.rpc.serving import Served
 from tether import Client, DeadlineExceededError, InvalidArgumentError, NotFoundError, ScoreItem
@@ -30,6 +31,17 @@ TRL_ADDS: dict[str, Any] = {"completion_ids": [[1]] * 10, "trainer_state": None,
 def service() -> Iterator[Served]:
     with reward_in_thread(max_items=MAX_ITEMS) as served:
         yield served
+
+
+@pytest.fixture
+def silent() -> Iterator[Served]:
+    """A service that does not answer before the end of the test."""
+    reward_rules.GATE.clear()
+    with reward_in_thread(models=[reward_rules.GATED_MODEL]) as served:
+        try:
+            yield served
+        finally:
+            reward_rules.GATE.set()
 
 
 @pytest.fixture
@@ -139,12 +151,12 @@ def test_texts_of_no_known_form_are_named(
     assert caught.value.violations[0].field == field
 
 
-def test_client_options_reach_the_client_and_bad_ones_show_at_once(service: Served) -> None:
+def test_client_options_reach_the_client_and_bad_ones_show_at_once(service: Served, silent: Served) -> None:
     with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
         RewardFunction(service.target, timeout_seconds=-1.0)
     with pytest.raises(TypeError, match="no_such_option"):
         AsyncRewardFunction(service.target, no_such_option=1)
-    hasty = RewardFunction(service.target, timeout_seconds=1e-6)
+    hasty = RewardFunction(silent.target, timeout_seconds=0.05)
     with pytest.raises(DeadlineExceededError):
         hasty(prompts=["a"], completions=["b"])
     hasty.close()

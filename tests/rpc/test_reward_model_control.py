@@ -35,10 +35,6 @@ from tether_services.reward import loading
 from tether_services.reward.engines.fake import fake_text_score
 
 ITEM = ScoreItem("Once", " upon")
-GATE_RULE = {
-    "name": "gate",
-    "components": [{"name": "g", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}],
-}
 
 
 async def refused(call: Awaitable[object]) -> tuple[type[TetherError], str]:
@@ -186,7 +182,7 @@ def test_unloading_waits_for_calls_in_flight_and_no_new_one_gets_in() -> None:
     reward_rules.GATE.clear()
 
     async def scenario() -> None:
-        async with serve_rewards(models=[fake_model("m", "1"), GATE_RULE]) as rewards:
+        async with serve_rewards(models=[fake_model("m", "1"), reward_rules.GATED_MODEL]) as rewards:
             (version,) = [m.version for m in (await rewards.models.list_loaded()).models if m.name == "gate"]
             waiting = asyncio.create_task(rewards.reward.score([ITEM], model="gate"))
             while [m.active_request_count for m in (await rewards.models.list_loaded()).models] != [0, 2]:
@@ -208,7 +204,7 @@ def test_a_batch_whose_caller_has_left_still_keeps_its_engine_open() -> None:
     reward_rules.GATE.clear()
 
     async def scenario() -> None:
-        async with serve_rewards(models=[fake_model("m", "1"), GATE_RULE]) as rewards:
+        async with serve_rewards(models=[fake_model("m", "1"), reward_rules.GATED_MODEL]) as rewards:
 
             async def wait_for_users(count: int) -> str:
                 while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,27 @@ from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 from tether_services.runtime.metrics import new_registry
 
-MODEL = {
-    "name": "gate",
-    "components": [{"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}],
-}
-
 
 def score_request(num_items: int) -> reward_pb2.ScoreRequest:
     return reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(prompt="p", response="r")] * num_items)
+
+
+async def until(is_so: Callable[[], bool], calls: Sequence[Any]) -> None:
+    """Wait for something that comes before any answer; a call that has ended says why it will not come."""
+    while not is_so():
+        for call in calls:
+            if call.done():
+                await call
+                raise AssertionError("a call was answered too early")
+        await asyncio.sleep(0.002)
 
 
 def test_a_flood_is_refused_while_others_and_the_trainer_find_places_and_turns(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     flood, polite = add_token(path, name="flood"), add_token(path, name="polite")
     trainer = add_token(path, name="trainer", lane="training")
-    batch = {"max_items": 8, "queue_limit": 64}
-    given = RewardSettings.model_validate(LOCAL | {"models": [MODEL], "tokens_file": str(path), "batch": batch})
+    values = {"models": [reward_rules.GATED_MODEL], "batch": {"max_items": 8, "queue_limit": 64}}
+    given = RewardSettings.model_validate(LOCAL | values | {"tokens_file": str(path)})
     reward_rules.GATE.clear()
 
     async def scenario() -> None:
@@ -45,7 +51,9 @@ def test_a_flood_is_refused_while_others_and_the_trainer_find_places_and_turns(t
             served = await stack.enter_async_context(serving(given, lambda registry: RewardService(given, registry)))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(served.target))
             stub: Any = reward_pb2_grpc.RewardServiceStub(channel)
+            stack.callback(reward_rules.GATE.set)
             finished: list[str] = []
+            calls: list[asyncio.Task[None]] = []
 
             def score(token: str, num_items: int) -> Any:
                 return stub.Score(score_request(num_items), timeout=30, metadata=bearing(token))
@@ -55,18 +63,24 @@ def test_a_flood_is_refused_while_others_and_the_trainer_find_places_and_turns(t
                 assert [item.score for item in answer.scores] == [1.0] * num_items
                 finished.append(name)
 
-            async def until_waiting(count: int, lane: str) -> None:
-                while served.value("tether_reward_queue_lane_depth", lane=lane) != count:
-                    await asyncio.sleep(0.002)
+            def begin(name: str, token: str, num_items: int) -> None:
+                calls.append(asyncio.create_task(finish(name, token, num_items)))
 
-            calls = [asyncio.create_task(finish("flood", flood, 8)) for _ in range(5)]  # one of them in the engine
+            async def until_waiting(count: int, lane: str) -> None:
+                await until(lambda: served.value("tether_reward_queue_lane_depth", lane=lane) == count, calls)
+
+            begin("flood", flood, 8)
+            # Its places are free again once the engine has it; before, the last of the next four would be refused.
+            await until(lambda: served.value("tether_reward_batch_size_count") == 1, calls)
+            for _ in range(4):
+                begin("flood", flood, 8)
             await until_waiting(32, "shared")
             refused = await refusal(score(flood, 1))
             assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             assert refused.retry_after_seconds
-            calls.append(asyncio.create_task(finish("polite", polite, 2)))
+            begin("polite", polite, 2)
             await until_waiting(34, "shared")
-            calls.append(asyncio.create_task(finish("trainer", trainer, 4)))
+            begin("trainer", trainer, 4)
             await until_waiting(4, "training")
             reward_rules.GATE.set()
             await asyncio.gather(*calls)
@@ -104,16 +118,15 @@ def test_the_items_of_a_polite_caller_and_of_the_trainer_are_read_before_those_t
             served = await stack.enter_async_context(serving(given, lambda registry: service))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(served.target))
             stub: Any = reward_pb2_grpc.RewardServiceStub(channel)
+            stack.callback(first_may_end.set)
 
             def score(token: str, num_items: int) -> Any:
                 return stub.Score(score_request(num_items), timeout=30, metadata=bearing(token))
 
             calls = [score(flood, 64) for _ in range(6)]
-            while service._scorer._num_waiting != 6 * 64:
-                await asyncio.sleep(0.002)
+            await until(lambda: service._scorer._num_waiting == 6 * 64, calls)
             calls += [score(polite, 1), score(trainer, 2)]
-            while service._scorer._num_waiting != 6 * 64 + 3:
-                await asyncio.sleep(0.002)
+            await until(lambda: service._scorer._num_waiting == 6 * 64 + 3, calls)
             first_may_end.set()
             await asyncio.gather(*calls)
 
