@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority, what it signs, and the files of a service."""
+"""Certificates for tests: an authority, what it signs, and the files of a service and of its callers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from tether.credentials import TlsFiles
 
 DAY = timedelta(days=1)
 
@@ -86,7 +88,7 @@ def authority(name: str = "authority") -> Authority:
 
 
 @dataclass(frozen=True, slots=True)
-class TlsFiles:
+class ServiceFiles:
     """The files of a service, which can be replaced while it runs."""
 
     folder: Path
@@ -108,11 +110,21 @@ class TlsFiles:
         return found
 
 
-def tls_files(folder: Path, pair: Pair | None = None) -> TlsFiles:
+def service_files(folder: Path, pair: Pair | None = None) -> ServiceFiles:
     """Return the files of a service, with a valid pair unless one is given."""
-    files = TlsFiles(folder)
+    files = ServiceFiles(folder)
     files.write(pair or authority().sign())
     return files
+
+
+def client_files(folder: Path, trusted: Authority, pair: Pair | None = None) -> TlsFiles:
+    """Return the files of a client that trusts an authority and shows a pair, each put in place at once."""
+    _replace(folder / "ca.pem", trusted.root)
+    if pair is None:
+        return TlsFiles(ca_file=folder / "ca.pem")
+    _replace(folder / "client.pem", pair.chain)
+    _replace(folder / "client.key", pair.key)
+    return TlsFiles(folder / "ca.pem", folder / "client.pem", folder / "client.key")
 
 
 def trusting(pair: Pair | None = None, *, root: bytes | None = None) -> grpc.ChannelCredentials:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.rpc.certificates import authority, tls_files
+from tests.rpc.certificates import authority, service_files
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.serving import LOCAL, serving
 from tests.rpc.token_inputs import add_token
@@ -39,7 +39,7 @@ def target() -> Iterator[str]:
 @asynccontextmanager
 async def secured_service(folder: Path) -> AsyncIterator[str]:
     """Serve with TLS, and the tokens of two callers in polite.token and busy.token; busy may call twice a second."""
-    files = tls_files(folder)
+    files = service_files(folder)
     (folder / "ca.pem").write_bytes(authority().root)
     for name, rate in (("polite", None), ("busy", 2.0)):
         token = add_token(folder / "tokens.toml", name=name, requests_per_second=rate)

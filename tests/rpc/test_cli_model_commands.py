@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rpc.certificates import authority, tls_files
+from tests.rpc.certificates import authority, service_files
 from tests.rpc.reward_model_serving import fake_model, serve_rewards, store_model
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.token_inputs import add_token
@@ -105,7 +105,7 @@ async def secured_service(folder: Path) -> AsyncIterator[str]:
     (folder / "ca.pem").write_bytes(authority().root)
     for name, scopes in (("operator", ("model.read", "model.write")), ("caller", ("score",))):
         (folder / f"{name}.token").write_text(add_token(folder / "tokens.toml", name=name, scopes=scopes))
-    values = {"tls": tls_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
+    values = {"tls": service_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
     async with serve_rewards(**values) as rewards:
         yield rewards.admin_target
 

@@ -13,10 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio
 
 import tether.rotation
+from tests.rpc.certificates import Authority, client_files
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer
 from tests.rpc.test_client_watch import RUNNING, SUCCEEDED, run_event
-from tests.rpc.tls_files import Authority, Identity, Visitors, serving_tls, write_files
+from tests.rpc.tls_serving import Identity, Visitors, serving_tls
 from tether import (
     AdapterClient,
     Client,
@@ -70,8 +71,8 @@ def run(scenario: Any) -> None:
 @pytest.mark.parametrize("encrypted", [True, False])
 def test_every_kind_of_call_shows_the_token(encrypted: bool, tmp_path: Path) -> None:
     authority = Authority()
-    identity = Identity(authority, authority.issue("service")) if encrypted else None
-    options: Any = {"token": SECRET, "tls": write_files(tmp_path, authority) if encrypted else None}
+    identity = Identity(authority, authority.sign("service")) if encrypted else None
+    options: Any = {"token": SECRET, "tls": client_files(tmp_path, authority) if encrypted else None}
     visitors = Visitors()
     everything = Everything()  # type: ignore[abstract]
 
@@ -125,8 +126,8 @@ def test_without_a_token_nothing_is_shown_and_a_wrong_one_is_an_error_that_does_
 
 def test_the_synchronous_client_shows_the_same_credentials(tmp_path: Path) -> None:
     authority = Authority()
-    identity = Identity(authority, authority.issue("service"), mutual=True)
-    files = write_files(tmp_path, authority, authority.issue("client"))
+    identity = Identity(authority, authority.sign("service"), mutual=True)
+    files = client_files(tmp_path, authority, authority.sign("client"))
     serve = in_thread(lambda: serving_tls(identity, ScriptedReward(answer).add, visitors=Visitors(SECRET)))
     with serve as target, Client(reward=target, token=SECRET, tls=files) as client:
         assert client.score("Once upon a time", " all was well.").score == 14.0
@@ -168,19 +169,19 @@ def test_only_the_right_files_reach_a_service_with_mutual_tls(tmp_path: Path) ->
     folders = {name: tmp_path / name for name in ("right", "no_certificate", "wrong_ca", "wrong_client")}
     for folder in folders.values():
         folder.mkdir()
-    right = write_files(folders["right"], authority, authority.issue("client"))
+    right = client_files(folders["right"], authority, authority.sign("client"))
     cases = {
         "right": right,
         "named": TlsFiles(right.ca_file, right.certificate_file, right.key_file, server_name="localhost"),
-        "no_certificate": write_files(folders["no_certificate"], authority),
-        "wrong_ca": write_files(folders["wrong_ca"], stranger, authority.issue("client")),
-        "wrong_client": write_files(folders["wrong_client"], authority, stranger.issue("client")),
+        "no_certificate": client_files(folders["no_certificate"], authority),
+        "wrong_ca": client_files(folders["wrong_ca"], stranger, authority.sign("client")),
+        "wrong_client": client_files(folders["wrong_client"], authority, stranger.sign("client")),
         "wrong_name": TlsFiles(right.ca_file, right.certificate_file, right.key_file, server_name="reward.example"),
         "unencrypted": False,
     }
 
     async def scenario() -> None:
-        identity = Identity(authority, authority.issue("service"), mutual=True)
+        identity = Identity(authority, authority.sign("service"), mutual=True)
         async with serving_tls(identity, ScriptedReward(answer).add, visitors=Visitors()) as target:
             reached = {name for name, tls in cases.items() if await _try(target, tls)}
         async with serving_tls(None, ScriptedReward(answer).add, visitors=Visitors()) as target:
@@ -193,11 +194,11 @@ def test_only_the_right_files_reach_a_service_with_mutual_tls(tmp_path: Path) ->
 def test_replaced_certificates_are_used_by_the_next_call_while_calls_in_flight_finish(tmp_path: Path) -> None:
     """The authority changes, so that only a new connection with the new files can succeed."""
     old, new = Authority("old"), Authority("new")
-    files = write_files(tmp_path, old, old.issue("client"))
+    files = client_files(tmp_path, old, old.sign("client"))
     everything = Everything()  # type: ignore[abstract]
 
     async def scenario() -> None:
-        identity = Identity(old, old.issue("service"), mutual=True)
+        identity = Identity(old, old.sign("service"), mutual=True)
         adders = (everything.add, ScriptedReward(answer).add)
         async with (
             serving_tls(identity, *adders, visitors=Visitors()) as target,
@@ -209,8 +210,8 @@ def test_replaced_certificates_are_used_by_the_next_call_while_calls_in_flight_f
             first = await anext(watching)
             channel = client._opened
             assert isinstance(channel, CredentialChannel) and isinstance(first, Run) and first.state == "running"
-            identity.authority, identity.pair = new, new.issue("service")
-            write_files(tmp_path, new, new.issue("client"))
+            identity.authority, identity.pair = new, new.sign("service")
+            client_files(tmp_path, new, new.sign("client"))
             await client.cancel_run("a")
             assert len(channel._draining) == 1, "the stream is still on the old connection"
             everything.may_end.set()
@@ -224,10 +225,10 @@ def test_replaced_certificates_are_used_by_the_next_call_while_calls_in_flight_f
 
 def test_calls_under_load_survive_certificates_that_change_all_the_time(tmp_path: Path) -> None:
     authority = Authority()
-    files = write_files(tmp_path, authority, authority.issue("client"))
+    files = client_files(tmp_path, authority, authority.sign("client"))
 
     async def scenario() -> None:
-        identity = Identity(authority, authority.issue("service"), mutual=True)
+        identity = Identity(authority, authority.sign("service"), mutual=True)
         servicer = ScriptedReward(answer)
         async with (
             serving_tls(identity, servicer.add, visitors=Visitors()) as target,
@@ -241,7 +242,7 @@ def test_calls_under_load_survive_certificates_that_change_all_the_time(tmp_path
 
             calling = [asyncio.create_task(call()) for _ in range(8)]
             for _ in range(10):
-                write_files(tmp_path, authority, authority.issue("client"))
+                client_files(tmp_path, authority, authority.sign("client"))
                 reached = servicer.calls + 40
                 while servicer.calls < reached and not any(task.done() for task in calling):
                     await asyncio.sleep(0.01)
@@ -256,10 +257,10 @@ def test_calls_under_load_survive_certificates_that_change_all_the_time(tmp_path
 
 def test_a_call_that_waits_for_a_connection_takes_up_files_that_are_replaced_meanwhile(tmp_path: Path) -> None:
     wrong, right = Authority("wrong"), Authority("right")
-    files = write_files(tmp_path, wrong)
+    files = client_files(tmp_path, wrong)
 
     async def scenario() -> None:
-        identity = Identity(right, right.issue("service"))
+        identity = Identity(right, right.sign("service"))
         async with (
             serving_tls(identity, ScriptedReward(answer).add, visitors=Visitors()) as target,
             RewardClient(target, tls=files) as client,
@@ -276,7 +277,7 @@ def test_a_call_that_waits_for_a_connection_takes_up_files_that_are_replaced_mea
             client._comes_back = note  # type: ignore[method-assign]
             await waiting.wait()
             await asyncio.sleep(tether.rotation.LOOK_SECONDS + 0.5)  # until it waits for a connection of the old files
-            write_files(tmp_path, right)
+            client_files(tmp_path, right)
             assert (await call).scores[0].score == 14.0
 
     run(scenario())
@@ -284,11 +285,11 @@ def test_a_call_that_waits_for_a_connection_takes_up_files_that_are_replaced_mea
 
 def test_the_probe_of_a_breaker_shows_the_credentials(tmp_path: Path) -> None:
     authority = Authority()
-    files = write_files(tmp_path, authority, authority.issue("client"))
+    files = client_files(tmp_path, authority, authority.sign("client"))
     visitors = Visitors(SECRET)
 
     async def scenario() -> None:
-        identity = Identity(authority, authority.issue("service"), mutual=True)
+        identity = Identity(authority, authority.sign("service"), mutual=True)
         states = aio.HealthServicer()
         await states.set("", health_pb2.HealthCheckResponse.SERVING)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.rpc.certificates import Pair, authority, tls_files
+from tests.rpc.certificates import Pair, authority, service_files
 from tests.rpc.http_calls import JSON, LOCAL_HTTP, Reply, get, post, take, talk
 from tests.rpc.serving import Served, run, serving
 from tests.rpc.token_inputs import add_token
@@ -122,7 +122,7 @@ def call_secure(port: int, context: ssl.SSLContext) -> Reply:
 
 
 def test_a_certificate_says_who_calls(tmp_path: Path) -> None:
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
     tls = files.settings(client_root=authority().root)
     known = {"name": "team", "scopes": ["score"], "spiffe": SPIFFE}
     reader = {"name": "reader", "scopes": ["run.read"], "common_name": "reader"}
@@ -147,7 +147,7 @@ def test_a_certificate_says_who_calls(tmp_path: Path) -> None:
 
 def test_a_certificate_that_is_replaced_is_shown_to_new_connections_and_old_ones_go_on(tmp_path: Path) -> None:
     first, second = authority().sign(), authority().sign()
-    files = tls_files(tmp_path, first)
+    files = service_files(tmp_path, first)
 
     def scenario_in_thread(port: int) -> list[str]:
         context = caller(tmp_path, None)

@@ -12,10 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.rpc.certificates import Authority, client_files
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.serving import LOCAL
 from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer
-from tests.rpc.tls_files import Authority, Identity, Visitors, serving_tls, write_files
+from tests.rpc.tls_serving import Identity, Visitors, serving_tls
 from tether import InvalidArgumentError, LogprobItem
 from tether.v1 import (
     adapter_pb2,
@@ -88,11 +89,11 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         authority = Authority()
-        self.files = write_files(folder, authority, authority.issue("client"))
+        self.files = client_files(folder, authority, authority.sign("client"))
         self.token = folder / "token"
         self.token.write_text(SECRET)
         self.visitors = Visitors(SECRET)
-        self._identity = Identity(authority, authority.issue("service"), mutual=True)
+        self._identity = Identity(authority, authority.sign("service"), mutual=True)
 
     def serve(self) -> AbstractAsyncContextManager[str]:
         everything = Everything()  # type: ignore[abstract]

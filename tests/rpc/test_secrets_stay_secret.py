@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.rpc.certificates import Pair, authority, tls_files
+from tests.rpc.certificates import Pair, authority, service_files
 from tests.rpc.runs_service import serving_runs, who_am_i
 from tests.rpc.serving import run
 from tests.rpc.token_inputs import add_token, bearing, revoke_all
@@ -81,7 +81,7 @@ def test_a_log_line_cannot_be_forged_by_a_caller(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize("where", ["certificate", "key"])
 def test_a_broken_key_file_is_not_quoted(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
     pair = authority().sign()
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
     broken = pair.key.replace(b"\n", CANARY.encode() + b"\n", 2)
 
     async def scenario() -> str:

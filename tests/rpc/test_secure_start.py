@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.rpc.certificates import authority, tls_files, trusting
+from tests.rpc.certificates import authority, service_files, trusting
 from tests.rpc.runs_service import serving_runs, who_am_i
 from tests.rpc.serving import LOCAL, run, serving
 from tests.rpc.token_inputs import add_token, bearing, revoke_all
@@ -39,7 +39,7 @@ def settings(**changes: Any) -> ServerSettings:
 
 
 def test_another_address_than_loopback_needs_both_authentication_and_transport_security(tmp_path: Path) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     plain = {key: path for key, path in tls.items() if key != "client_ca_file"}
     tokens = str(tmp_path / "tokens.toml")
     for given, lacking in (
@@ -83,7 +83,7 @@ def test_an_open_service_says_so_when_it_starts(caplog: pytest.LogCaptureFixture
 
 
 def test_the_log_says_how_a_service_is_protected(tmp_path: Path) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     given = settings(tls=tls, identities=[IDENTITY], tokens_file=str(tmp_path / "t"))
     assert describe_security(given) == {"auth": "tokens or certificates", "transport": "mutual TLS"}
 
@@ -111,7 +111,7 @@ def test_settings_that_would_be_ignored_or_shut_everybody_out_are_refused(change
 def test_a_token_and_an_identity_of_one_name_must_agree_on_its_limits(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     add_token(path, name="trainer", requests_per_second=1.0)
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
 
     async def scenario() -> None:
         async with serving_runs(tls=tls, identities=[IDENTITY], tokens_file=str(path)):
@@ -135,7 +135,7 @@ def test_reflection_is_shown_on_loopback_alone_unless_it_is_asked_for() -> None:
 
 
 def test_the_health_port_answers_probes_without_credentials_and_nothing_else(tmp_path: Path) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
 
     async def scenario() -> None:
         async with serving_runs(tls=tls, identities=[IDENTITY], health_address="127.0.0.1:0") as served:
@@ -153,7 +153,7 @@ def test_the_health_port_answers_probes_without_credentials_and_nothing_else(tmp
 
 
 def test_the_probe_speaks_mutual_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     own = authority().sign("kubelet")
     (tmp_path / "own.pem").write_bytes(own.chain)
     (tmp_path / "own.key").write_bytes(own.key)
@@ -301,7 +301,7 @@ def test_a_service_with_transport_security_is_reached_with_it(tmp_path: Path) ->
 
     async def scenario() -> str:
         async with (
-            serving_runs(tls=tls_files(tmp_path).settings(), tokens_file=str(path)) as served,
+            serving_runs(tls=service_files(tmp_path).settings(), tokens_file=str(path)) as served,
             grpc.aio.secure_channel(served.target, trusting()) as channel,
         ):
             return await who_am_i(channel, metadata=bearing(token))

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.rpc.certificates import DAY, Authority, Pair, TlsFiles, authority, tls_files, trusting
+from tests.rpc.certificates import DAY, Authority, Pair, ServiceFiles, authority, service_files, trusting
 from tests.rpc.runs_service import NUM_EVENTS, serving_runs, watch, who_am_i
 from tests.rpc.serving import Served, run
 from tests.rpc.test_access_table import reason_of
@@ -71,7 +71,7 @@ async def attempt(served: Served, credentials: grpc.ChannelCredentials | None, m
 @pytest.mark.parametrize("method", ["unary", "stream"])
 @pytest.mark.parametrize("kind", ["valid", "none", "corrupted", "expired", "wrong CA"])
 def test_a_caller_talks_only_to_a_service_with_a_valid_certificate(tmp_path: Path, kind: str, method: str) -> None:
-    security = {} if kind == "none" else {"tls": tls_files(tmp_path, service_pair(kind)).settings()}
+    security = {} if kind == "none" else {"tls": service_files(tmp_path, service_pair(kind)).settings()}
 
     async def scenario() -> str:
         async with serving_runs(**security) as served:
@@ -85,7 +85,7 @@ def test_a_caller_talks_only_to_a_service_with_a_valid_certificate(tmp_path: Pat
 def test_a_service_that_asks_for_certificates_talks_only_to_callers_with_a_valid_one(
     tmp_path: Path, kind: str, method: str
 ) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
 
     async def scenario() -> str:
         async with serving_runs(tls=tls, identities=[IDENTITY]) as served:
@@ -97,7 +97,7 @@ def test_a_service_that_asks_for_certificates_talks_only_to_callers_with_a_valid
 
 def test_a_caller_without_transport_security_reaches_no_service_that_has_it(tmp_path: Path) -> None:
     async def scenario() -> str:
-        async with serving_runs(tls=tls_files(tmp_path).settings()) as served:
+        async with serving_runs(tls=service_files(tmp_path).settings()) as served:
             return await attempt(served, None, "unary")
 
     assert run(scenario()) == "UNAVAILABLE"
@@ -112,7 +112,7 @@ def test_a_caller_without_transport_security_reaches_no_service_that_has_it(tmp_
 )
 def test_nothing_older_than_tls_1_2_is_spoken(tmp_path: Path, version: ssl.TLSVersion, outcomes: set[str]) -> None:
     async def scenario() -> str:
-        async with serving_runs(tls=tls_files(tmp_path).settings()) as served:
+        async with serving_runs(tls=service_files(tmp_path).settings()) as served:
             return await asyncio.to_thread(handshake, served.target, version)
 
     assert run(scenario()) in outcomes
@@ -147,7 +147,7 @@ async def settle() -> None:
     await asyncio.sleep(0.15)
 
 
-async def rotate(served: Served, files: TlsFiles) -> str:
+async def rotate(served: Served, files: ServiceFiles) -> str:
     """Replace an expired pair by a valid one and return how a call on a new connection ends."""
     assert await attempt(served, trusting(), "unary") == "UNAVAILABLE"
     await settle()
@@ -156,7 +156,7 @@ async def rotate(served: Served, files: TlsFiles) -> str:
 
 
 def test_an_expired_certificate_is_replaced_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = tls_files(tmp_path, service_pair("expired"))
+    files = service_files(tmp_path, service_pair("expired"))
 
     async def scenario() -> tuple[str, float, float]:
         async with serving_runs(tls=files.settings()) as served:
@@ -174,7 +174,7 @@ def test_a_service_that_never_looks_at_its_files_again_shows_the_expired_one(
 ) -> None:
     """The control of the test above."""
     monkeypatch.setattr(Reloaded, "refresh", lambda self: self.value)
-    files = tls_files(tmp_path, service_pair("expired"))
+    files = service_files(tmp_path, service_pair("expired"))
 
     async def scenario() -> str:
         async with serving_runs(tls=files.settings()) as served:
@@ -185,7 +185,7 @@ def test_a_service_that_never_looks_at_its_files_again_shows_the_expired_one(
 
 def test_certificates_are_rotated_under_load_and_no_call_fails(tmp_path: Path) -> None:
     """Every 0.5 s a new pair, each file on its own; calls on one old channel and on a new one each time."""
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
 
     async def rotating(served: Served, stop: asyncio.Event) -> None:
         for _ in range(8):
@@ -229,7 +229,7 @@ def test_certificates_are_rotated_under_load_and_no_call_fails(tmp_path: Path) -
 
 
 def test_an_invalid_certificate_shuts_new_connections_out_and_leaves_old_ones_alone(tmp_path: Path) -> None:
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
 
     async def scenario() -> list[str]:
         async with (
@@ -251,7 +251,7 @@ def test_an_invalid_certificate_shuts_new_connections_out_and_leaves_old_ones_al
 def test_a_broken_pair_keeps_the_last_good_one_and_says_so(
     tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files, pair = tls_files(tmp_path), authority().sign()
+    files, pair = service_files(tmp_path), authority().sign()
     locked = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"
     changes: dict[str, Callable[[], object]] = {
         "key of another": lambda: files.write(Pair(pair.chain, authority().sign().key)),
@@ -278,7 +278,7 @@ def test_a_broken_pair_keeps_the_last_good_one_and_says_so(
 
 @pytest.mark.parametrize("broken", ["key of another", "missing", "not PEM", "roots"])
 def test_a_service_does_not_start_with_a_broken_pair(tmp_path: Path, broken: str) -> None:
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
     settings = files.settings(client_root=b"nothing" if broken == "roots" else None)
     if broken == "key of another":
         files.write(Pair(authority().sign().chain, authority().sign().key))
@@ -299,7 +299,7 @@ def test_a_service_does_not_start_with_a_broken_pair(tmp_path: Path, broken: str
 
 def test_roots_of_callers_are_read_again_too(tmp_path: Path) -> None:
     fresh = Authority("fresh")
-    files = tls_files(tmp_path)
+    files = service_files(tmp_path)
     tls = files.settings(client_root=authority().root)
     caller = fresh.sign("trainer", uris=["spiffe://prod/trainer"])
 
@@ -345,7 +345,7 @@ CALLERS: Final = [
 def test_a_certificate_is_the_caller_that_the_operator_named(
     tmp_path: Path, common_name: str, uris: list[str], expected: str
 ) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     pair = authority().sign(common_name, uris=uris)
 
     async def scenario() -> str:
@@ -364,7 +364,7 @@ def test_a_certificate_is_the_caller_that_the_operator_named(
 def test_a_token_beside_a_certificate_decides_alone(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     token = add_token(path, name="team-t", scopes=["run.read"])
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     known, unknown = (authority().sign("x", uris=[f"spiffe://prod/{name}"]) for name in ("trainer", "nobody"))
 
     async def scenario() -> None:
@@ -382,7 +382,7 @@ def test_a_token_beside_a_certificate_decides_alone(tmp_path: Path) -> None:
 
 
 def test_a_certificate_that_is_not_valid_yet_is_refused(tmp_path: Path) -> None:
-    tls = tls_files(tmp_path).settings(client_root=authority().root)
+    tls = service_files(tmp_path).settings(client_root=authority().root)
     pair = authority().sign("x", uris=["spiffe://prod/trainer"], begins=timedelta(hours=1))
 
     async def scenario() -> str:

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
-from tests.rpc.certificates import DAY, Authority, Pair, authority, tls_files
+from tests.rpc.certificates import DAY, Authority, Pair, authority, service_files
 from tests.rpc.serving import run
 from tether.errors import InvalidArgumentError
 from tether_services.runtime.limits import name_identities
@@ -63,7 +63,7 @@ def _connect(port: int, context: ssl.SSLContext, server_name: str | None) -> str
 
 
 def certificates(folder: Path, *, client_root: bytes | None = None, pair: Pair | None = None) -> ServerCertificates:
-    files = tls_files(folder, pair)
+    files = service_files(folder, pair)
     return ServerCertificates(TlsSettings.model_validate(files.settings(client_root=client_root)), CollectorRegistry())
 
 
@@ -76,7 +76,7 @@ def test_new_connections_of_a_context_get_the_certificate_of_their_moment(
     async def scenario() -> list[str]:
         async with serving_bytes(certificates(tmp_path, pair=first).server_context()) as port:
             seen = [await connect(port, tmp_path, server_name=server_name)]
-            tls_files(tmp_path, second)
+            service_files(tmp_path, second)
             return [*seen, await connect(port, tmp_path, server_name=server_name)]
 
     assert run(scenario()) == [first.chain.decode(), second.chain.decode()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.rpc.tls_files import Authority, write_files
+from tests.rpc.certificates import Authority, client_files
 from tether import AdapterClient, Client, InvalidArgumentError, RewardClient, TlsFiles
 from tether.channel import open_channel
 from tether.credentials import Credentials, Tls, Token, is_loopback
@@ -85,7 +85,7 @@ def test_both_variables_of_the_token_at_once_are_refused() -> None:
 
 def test_tls_may_be_given_come_from_the_environment_or_be_off(tmp_path: Path) -> None:
     authority = Authority()
-    given = write_files(tmp_path, authority, authority.issue("client"))
+    given = client_files(tmp_path, authority, authority.sign("client"))
     environ = {
         "TETHER_CA_FILE": str(given.ca_file),
         "TETHER_CERTIFICATE_FILE": str(given.certificate_file),
@@ -108,7 +108,7 @@ def test_a_token_that_others_could_read_is_refused(target: str, tmp_path: Path) 
         with pytest.raises(InvalidArgumentError, match="PLAINTEXT_TOKEN"):
             refused()
     RewardClient(target, token=SECRET, allow_plaintext_token=True)
-    RewardClient(target, token=SECRET, tls=write_files(tmp_path, Authority()))
+    RewardClient(target, token=SECRET, tls=client_files(tmp_path, Authority()))
     RewardClient(target)
 
 
@@ -152,9 +152,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_files_that_are_no_pem_or_do_not_belong_together_are_refused_at_once(tmp_path: Path) -> None:
     authority = Authority()
-    good = write_files(tmp_path, authority, authority.issue("client"))
+    good = client_files(tmp_path, authority, authority.sign("client"))
     (tmp_path / "garbage").write_text("garbage")
-    (tmp_path / "other.key").write_bytes(authority.issue("other").key)
+    (tmp_path / "other.key").write_bytes(authority.sign("other").key)
     for tls, field in (
         (TlsFiles(ca_file=tmp_path / "garbage"), "tls.ca_file"),
         (TlsFiles(good.ca_file, tmp_path / "garbage", good.key_file), "tls.certificate_file"),
@@ -196,11 +196,11 @@ def test_a_token_file_that_vanishes_leaves_the_former_token_in_use_and_says_so(
 
 def test_half_a_replaced_pair_of_certificate_and_key_is_waited_out(tmp_path: Path) -> None:
     authority = Authority()
-    first, second = authority.issue("first"), authority.issue("second")
-    files = write_files(tmp_path, authority, first)
+    first, second = authority.sign("first"), authority.sign("second")
+    files = client_files(tmp_path, authority, first)
     credentials = Credentials(LOOPBACK, tls=files)
     assert not credentials.tls_changed()
-    (tmp_path / "client.pem").write_bytes(second.certificate)
+    (tmp_path / "client.pem").write_bytes(second.chain)
     assert not credentials.tls_changed(), "the key is still the former one"
     (tmp_path / "client.key").write_bytes(second.key)
     assert credentials.tls_changed()
@@ -216,7 +216,7 @@ def test_nothing_shows_the_token(tmp_path: Path) -> None:
         assert SECRET not in repr(client) + repr(client._credentials) + str(client._credentials)
     assert repr(clients[0]._credentials) == "Credentials(token=set, tls=off)"
     authority = Authority()
-    files = write_files(tmp_path, authority, authority.issue("client"))
+    files = client_files(tmp_path, authority, authority.sign("client"))
     held = Credentials(LOOPBACK, tls=files)._tls
     assert held is not None and "PRIVATE" not in repr(held.value)
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tests.rpc.certificates import tls_files
+from tests.rpc.certificates import service_files
 from tests.rpc.token_inputs import add_token
 from tether_services.generator.metrics import GeneratorMetrics
 from tether_services.orchestrator.metrics import OrchestratorMetrics
@@ -43,7 +43,7 @@ def exported(folder: Path) -> str:
     OrchestratorMetrics(registries[0])
     GeneratorMetrics(registries[1], queue_limit=1)
     add_token(folder / "tokens.toml")
-    given = {"tls": tls_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
+    given = {"tls": service_files(folder).settings(), "tokens_file": str(folder / "tokens.toml")}
     Access(ServerSettings.model_validate(given), "reward", registries[2])
     RewardMetrics(registries[3], queue_limit=1)
     ReferenceMetrics(registries[4], queue_limit=1)

@@ -17,7 +17,7 @@ import grpc.aio
 from tests.reliability.recording import Recorder
 from tests.reliability.replicas import read_metric, start_replicas
 from tests.reliability.scenario import Outcome, Scenario, Trial
-from tests.rpc.certificates import Pair, TlsFiles, authority, tls_files, trusting
+from tests.rpc.certificates import Pair, ServiceFiles, authority, service_files, trusting
 from tether.v1 import reward_pb2, reward_pb2_grpc
 from tether_services.local.deployment import free_ports
 from tether_services.reward.engines.fake import fake_text_score
@@ -63,7 +63,7 @@ def make_pair(kind: str) -> Pair:
 async def run(trial: Trial) -> Outcome:
     """Rotate under load; the control never looks at its files again."""
     phases = (VALID, EXPIRED) if trial.control else PHASES * trial.count(1, 12)
-    files = tls_files(trial.folder, make_pair(VALID))
+    files = service_files(trial.folder, make_pair(VALID))
     [port] = free_ports(1)
     health = f"127.0.0.1:{port}"
     settings = {"engine": "fake", "tls": files.settings(), "health_address": health}
@@ -94,7 +94,7 @@ async def run(trial: Trial) -> Outcome:
     return Outcome(watch.recorder.judge(), figures, failures)
 
 
-async def rotate(watch: Watch, files: TlsFiles, phases: Sequence[str], metrics_address: str) -> None:
+async def rotate(watch: Watch, files: ServiceFiles, phases: Sequence[str], metrics_address: str) -> None:
     """Put a new certificate in place every few seconds."""
     for phase in phases:
         watch.phase, watch.settled_at = phase, time.monotonic() + SEEN_SECONDS
