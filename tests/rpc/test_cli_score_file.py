@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from tests.rpc.many_items import Rewards
 from tests.rpc.scripted_server import in_thread, serving_in_thread
 from tests.rpc.serving import LOCAL, serving
-from tests.rpc.test_client_score_many import Rewards
 from tests.unit.small_disk import run_on_disk
 from tether import InternalError, NotFoundError
 from tether_services.cli.main import main

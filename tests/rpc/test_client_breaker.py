@@ -17,8 +17,8 @@ import grpc
 import pytest
 
 import tether.channel
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer, fail_first
 from tests.rpc.scripted_server import serving
-from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer, fail_first
 from tether import (
     AdapterClient,
     DeadlineExceededError,

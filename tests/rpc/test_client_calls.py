@@ -1,12 +1,10 @@
-"""What every client does on every call: deadlines, retries, balancing, typed errors."""
+"""What every client does on every call: deadlines, retries, balancing, large messages, cancellation."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,82 +15,18 @@ import grpc
 import pytest
 
 import tether.channel
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer, fail_first, with_reward
 from tests.rpc.scripted_server import serving
 from tether import (
-    DeadlineExceededError,
     FailedPreconditionError,
-    FieldViolation,
-    GeneratorClient,
-    InvalidArgumentError,
-    LogprobItem,
-    Message,
     OrchestratorClient,
-    ReferenceClient,
     ResourceExhaustedError,
     RewardClient,
-    SamplingParams,
     ScoreItem,
     TetherError,
     UnavailableError,
 )
-from tether.errors import BY_CODE
-from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc, reward_pb2, reward_pb2_grpc
-
-
-class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
-    """Scores with the response's length after a scripted behaviour."""
-
-    def __init__(self, behaviour: Callable[[int], Awaitable[None]]) -> None:
-        self.behaviour = behaviour
-        self.calls = 0
-        self.remaining: list[float] = []
-
-    def add(self, server: grpc.aio.Server) -> None:
-        reward_pb2_grpc.add_RewardServiceServicer_to_server(self, server)
-
-    async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
-        self.calls += 1
-        self.remaining.append(context.time_remaining())
-        await self.behaviour(self.calls)
-        return reward_pb2.ScoreResponse(
-            scores=[reward_pb2.ItemScore(score=len(item.response)) for item in request.items], model="length"
-        )
-
-    async def Compare(self, request: reward_pb2.CompareRequest, context: Any) -> reward_pb2.CompareResponse:
-        raise InvalidArgumentError("Two responses are needed.", field="responses")
-
-    async def ListRewardModels(
-        self, request: reward_pb2.ListRewardModelsRequest, context: Any
-    ) -> reward_pb2.ListRewardModelsResponse:
-        """Two pages of one model each."""
-        second = request.page_token == "2"
-        return reward_pb2.ListRewardModelsResponse(
-            models=[reward_pb2.RewardModel(name="second" if second else "first")],
-            next_page_token="" if second else "2",
-        )
-
-
-async def answer(call: int) -> None:
-    """Behave well."""
-
-
-def fail_first(count: int, error: TetherError) -> Callable[[int], Awaitable[None]]:
-    async def behaviour(call: int) -> None:
-        if call <= count:
-            raise error
-
-    return behaviour
-
-
-def with_reward(servicer: ScriptedReward, use: Callable[[RewardClient], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        async with serving(servicer.add) as target, RewardClient(target, **options) as client:
-            await use(client)
-
-    asyncio.run(run())
-
-
-ITEM = ScoreItem("Once upon a time", " all was well.")
+from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc, reward_pb2
 
 
 def test_scores_come_back_in_order_with_the_model() -> None:
@@ -110,57 +44,6 @@ def test_lists_follow_their_pages_to_the_end() -> None:
         assert [model.name for model in await client.list_reward_models()] == ["first", "second"]
 
     with_reward(ScriptedReward(answer), use)
-
-
-@pytest.mark.parametrize("kind", BY_CODE.values(), ids=lambda kind: kind.__name__)
-def test_every_error_comes_back_as_the_class_that_was_raised(kind: type[TetherError]) -> None:
-    raised = kind(
-        "What happened; the way out.",
-        reason="SOME_REASON",
-        violations=(FieldViolation("items[0].response", "empty"), FieldViolation("model", "unknown")),
-        retry_after_seconds=1.25,
-    )
-
-    async def use(client: RewardClient) -> None:
-        with pytest.raises(TetherError) as caught:
-            await client.score([ITEM])
-        assert type(caught.value) is kind
-        assert caught.value.message == raised.message
-        assert caught.value.reason == "SOME_REASON"
-        assert caught.value.violations == raised.violations
-        assert caught.value.retry_after_seconds == 1.25
-
-    with_reward(ScriptedReward(fail_first(100, raised)), use)
-
-
-def test_a_defect_of_the_service_is_an_internal_error_without_details() -> None:
-    async def defect(call: int) -> None:
-        raise ZeroDivisionError("secret detail")
-
-    async def use(client: RewardClient) -> None:
-        with pytest.raises(tether.InternalError) as caught:
-            await client.score([ITEM])
-        assert "secret" not in str(caught.value)
-
-    with_reward(ScriptedReward(defect), use)
-
-
-def test_item_errors_are_typed_and_their_score_is_not_a_number() -> None:
-    class OneBad(ScriptedReward):
-        async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
-            failed = reward_pb2.ItemError(code=3, reason="EMPTY", message="Is empty.", field="items[1].response")
-            scores = [reward_pb2.ItemScore(score=0.0), reward_pb2.ItemScore(error=failed)]
-            return reward_pb2.ScoreResponse(scores=scores)
-
-    async def use(client: RewardClient) -> None:
-        good, bad = (await client.score([ITEM, ITEM])).scores
-        assert good.error is None and good.score == 0.0
-        assert isinstance(bad.error, InvalidArgumentError)
-        assert bad.error.reason == "EMPTY"
-        assert bad.error.violations[0].field == "items[1].response"
-        assert math.isnan(bad.score) and math.isnan(bad.raw_score)
-
-    with_reward(OneBad(answer), use)
 
 
 def test_unavailable_is_retried_where_the_call_has_no_effect() -> None:
@@ -210,34 +93,6 @@ def test_every_call_carries_the_deadline_of_the_client_or_its_own() -> None:
     assert 5 < servicer.remaining[1] < 8
 
 
-def test_a_late_answer_is_a_deadline_error_that_names_the_target() -> None:
-    async def sleep(call: int) -> None:
-        await asyncio.sleep(30)
-
-    async def use(client: RewardClient) -> None:
-        started = time.monotonic()
-        with pytest.raises(DeadlineExceededError, match=rf"{client.target}: no answer within 0.3 s"):
-            await client.score([ITEM], timeout_seconds=0.3)
-        assert time.monotonic() - started < 1.3
-
-    with_reward(ScriptedReward(sleep), use)
-
-
-def test_nobody_listening_is_unavailable_and_names_the_target() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        target = f"127.0.0.1:{taken.getsockname()[1]}"
-
-        async def run() -> None:
-            async with RewardClient(target) as client:
-                with pytest.raises(UnavailableError, match=target):
-                    await client.score([ITEM])
-
-        started = time.monotonic()
-        asyncio.run(run())
-        assert time.monotonic() - started < 15
-
-
 def test_calls_are_spread_over_all_addresses_of_a_target() -> None:
     first, second = ScriptedReward(answer), ScriptedReward(answer)
 
@@ -266,19 +121,6 @@ def test_a_response_above_grpcs_own_four_mebibytes_is_accepted() -> None:
         assert len((await client.score([ITEM])).model) == 6 * 1024 * 1024
 
     with_reward(Large(answer), use)
-
-
-def test_a_request_above_the_limit_is_refused_before_it_leaves() -> None:
-    servicer = ScriptedReward(answer)
-
-    async def use(client: RewardClient) -> None:
-        with pytest.raises(ResourceExhaustedError) as caught:
-            await client.score([ScoreItem("", "x" * (9 * 1024 * 1024))])
-        assert caught.value.reason == "RESOURCE_EXHAUSTED"  # not QUEUE_FULL: calling again cannot help
-        assert caught.value.retry_after_seconds is None
-
-    with_reward(servicer, use)
-    assert servicer.calls == 0
 
 
 class Starting(orchestrator_pb2_grpc.OrchestratorServiceServicer):
@@ -365,62 +207,3 @@ def test_cancelling_the_task_cancels_the_call_on_the_server() -> None:
         await asyncio.wait_for(cancelled.wait(), 5)
 
     with_reward(ScriptedReward(sleep), use)
-
-
-@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
-def test_a_deadline_that_is_none_is_refused(seconds: float) -> None:
-    with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
-        RewardClient("127.0.0.1:1", timeout_seconds=seconds)
-
-    async def use(client: RewardClient) -> None:
-        with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
-            await client.score([ITEM], timeout_seconds=seconds)
-
-    with_reward(ScriptedReward(answer), use)
-
-
-def test_an_empty_target_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="target"):
-        RewardClient("")
-
-
-def test_a_closed_client_says_so() -> None:
-    async def run() -> None:
-        client = RewardClient("127.0.0.1:1")
-        await client.close()
-        await client.close()
-        with pytest.raises(FailedPreconditionError, match="CLIENT_CLOSED"):
-            await client.score([ITEM])
-
-    asyncio.run(run())
-
-
-WRONG_TYPES: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
-    ("prompt_token_ids", lambda: GeneratorClient("127.0.0.1:1").generate([2**40])),
-    ("prompt_token_ids", lambda: GeneratorClient("127.0.0.1:1").generate(["a"])),  # type: ignore[arg-type]
-    ("n", lambda: GeneratorClient("127.0.0.1:1").generate("a", n="two")),  # type: ignore[arg-type]
-    ("n", lambda: GeneratorClient("127.0.0.1:1").generate("a", n=2**40)),
-    ("policy_version", lambda: GeneratorClient("127.0.0.1:1").generate("a", policy_version=2**70)),
-    ("sampling", lambda: GeneratorClient("127.0.0.1:1").generate("a", sampling=SamplingParams(seed=2**70))),
-    ("messages", lambda: GeneratorClient("127.0.0.1:1").generate([Message("user", "a"), 3])),  # type: ignore[arg-type]
-    ("items[1]", lambda: RewardClient("127.0.0.1:1").score([ITEM, ScoreItem(response=7)])),  # type: ignore[arg-type]
-    ("items[0]", lambda: RewardClient("127.0.0.1:1").score(["text"])),  # type: ignore[list-item]
-    ("responses", lambda: RewardClient("127.0.0.1:1").compare("a", [1, 2])),  # type: ignore[list-item]
-    ("items[0]", lambda: ReferenceClient("127.0.0.1:1").compute_logprobs([LogprobItem([1], [2**31])])),
-    ("temperature", lambda: ReferenceClient("127.0.0.1:1").compute_logprobs([], temperature="hot")),  # type: ignore[arg-type]
-    ("config_toml", lambda: OrchestratorClient("127.0.0.1:1").start_run("a", b"\xff")),  # type: ignore[arg-type]
-]
-
-
-@pytest.mark.parametrize(
-    ("field", "call"), WRONG_TYPES, ids=[f"{i}-{field}" for i, (field, _) in enumerate(WRONG_TYPES)]
-)
-def test_a_value_of_the_wrong_type_names_the_field_before_anything_is_sent(
-    field: str, call: Callable[[], Awaitable[Any]]
-) -> None:
-    async def run() -> None:
-        with pytest.raises(InvalidArgumentError) as caught:
-            await call()
-        assert caught.value.violations[0].field == field
-
-    asyncio.run(run())

@@ -14,8 +14,8 @@ from grpc_health.v1.health import aio
 
 import tether.rotation
 from tests.rpc.certificates import Authority, client_files
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer
 from tests.rpc.scripted_server import in_thread
-from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer
 from tests.rpc.test_client_watch import RUNNING, SUCCEEDED, run_event
 from tests.rpc.tls_serving import Identity, Visitors, serving_tls
 from tether import (

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import tether.channel
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer, fail_first
 from tests.rpc.scripted_server import serving
-from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer, fail_first
 from tether import FailedPreconditionError, OrchestratorClient, ResourceExhaustedError, RewardClient, TetherError
 from tether.v1 import orchestrator_pb2_grpc
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.rpc.scripted_reward import ScriptedReward, answer
 from tests.rpc.scripted_server import serving_in_thread
-from tests.rpc.test_client_calls import ScriptedReward, answer
 from tether import (
     Client,
     FailedPreconditionError,

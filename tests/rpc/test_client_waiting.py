@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio
 
 import tether.channel
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer, fail_first
 from tests.rpc.scripted_server import serving
-from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer, fail_first
 from tether import DeadlineExceededError, FailedPreconditionError, RewardClient, UnavailableError
 from tether.breaker import BREAKER_OPEN
 from tether_services.local.deployment import free_ports

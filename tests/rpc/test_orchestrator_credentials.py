@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from tests.rpc.certificates import Authority, client_files
+from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer
 from tests.rpc.scripted_server import in_thread
 from tests.rpc.serving import LOCAL
-from tests.rpc.test_client_calls import ITEM, ScriptedReward, answer
 from tests.rpc.tls_serving import Identity, Visitors, serving_tls
 from tether import InvalidArgumentError, LogprobItem
 from tether.v1 import (
