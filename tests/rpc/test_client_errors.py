@@ -40,7 +40,7 @@ def test_every_error_comes_back_as_the_class_that_was_raised(kind: type[TetherEr
         "What happened; the way out.",
         reason="SOME_REASON",
         violations=(FieldViolation("items[0].response", "empty"), FieldViolation("model", "unknown")),
-        retry_after_seconds=1.25,
+        retry_after_seconds=500.25,  # beyond the deadline, so that nobody waits for it
     )
 
     async def use(client: RewardClient) -> None:
@@ -50,7 +50,7 @@ def test_every_error_comes_back_as_the_class_that_was_raised(kind: type[TetherEr
         assert caught.value.message == raised.message
         assert caught.value.reason == "SOME_REASON"
         assert caught.value.violations == raised.violations
-        assert caught.value.retry_after_seconds == 1.25
+        assert caught.value.retry_after_seconds == 500.25
 
     with_reward(ScriptedReward(fail_first(100, raised)), use)
 
