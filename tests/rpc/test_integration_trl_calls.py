@@ -50,6 +50,20 @@ def test_more_completions_than_a_call_takes_are_scored_in_order(service: Served,
     assert reward(prompts=[], completions=[]) == []
 
 
+def test_the_limit_of_a_call_is_asked_for_once_and_never_for_a_single_item(service: Served) -> None:
+    def num_calls(method: str) -> float:
+        return service.value("tether_reward_request_seconds_count", method=method)
+
+    function = RewardFunction(service.target)
+    listed, scored = num_calls("ListRewardModels"), num_calls("Score")
+    function(prompts=PROMPTS[:1], completions=COMPLETIONS[:1])
+    assert (num_calls("ListRewardModels"), num_calls("Score")) == (listed, scored + 1)
+    for _ in range(2):
+        function(prompts=PROMPTS, completions=COMPLETIONS)
+    assert (num_calls("ListRewardModels"), num_calls("Score")) == (listed + 1, scored + 7)
+    function.close()
+
+
 def test_the_async_function_gives_the_same_rewards_on_every_loop(service: Served) -> None:
     function = AsyncRewardFunction(service.target)
 
