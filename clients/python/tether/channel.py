@@ -9,11 +9,12 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, Self, TypeVar
+from typing import Final, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
 
+from tether.attempts import ATTEMPTS, pause_after
 from tether.breaker import BREAKER_OPEN, CircuitBreaker
 from tether.channel_options import channel_options, has_replicas
 from tether.credentials import Credentials, Tls, Token
@@ -24,6 +25,8 @@ from tether.status import from_rpc_error
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
+ListT = TypeVar("ListT", bound="_ListRequest")
+PageT = TypeVar("PageT", bound="_Page")
 
 DEFAULT_TIMEOUT_SECONDS: Final = 120.0
 """Deadline of a call unless the client or the call says otherwise."""
@@ -99,6 +102,18 @@ def check_timeout(seconds: float) -> float:
     if not math.isfinite(seconds) or seconds <= 0:
         raise InvalidArgumentError(f"{seconds!r} is not a positive, finite number of seconds.", field="timeout_seconds")
     return seconds
+
+
+class _ListRequest(Protocol):
+    """Asks for a part of a list."""
+
+    page_token: str
+
+
+class _Page(Protocol):
+    """Such a part."""
+
+    next_page_token: str
 
 
 class ServiceClient:
@@ -185,6 +200,23 @@ class ServiceClient:
         timeout = self._timeout(timeout_seconds)
         return await self._guarded(lambda: method(request, timeout=timeout), timeout)
 
+    async def _repeat(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout_seconds: float | None,
+    ) -> ResponseT:
+        """Return the response of a unary call, made up to ATTEMPTS times while the service is unavailable.
+
+        Once if the caller repeats it. Only for requests with a request id, whose repeat has no second effect.
+        """
+        for attempt in range(1, ATTEMPTS if self._retries else 1):
+            try:
+                return await self._call(method, request, timeout_seconds)
+            except UnavailableError:
+                await pause_after(attempt)
+        return await self._call(method, request, timeout_seconds)
+
     async def _read(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
@@ -222,6 +254,17 @@ class ServiceClient:
             else:
                 self._has_answered = True
                 return response
+
+    async def _pages(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[ListT, PageT], request: ListT, timeout_seconds: float | None
+    ) -> AsyncIterator[PageT]:
+        """Yield all parts of a list, at least one, each read by a call of its own as by `_read`."""
+        while True:
+            page = await self._read(method, request, timeout_seconds)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def _is_connected(self) -> bool:
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
