@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.rpc import reward_rules
 from tests.rpc.reward_serving import reward_in_thread
 from tests.rpc.serving import Served
 from tether import Client, DeadlineExceededError, InvalidArgumentError, NotFoundError, ScoreItem
@@ -29,6 +30,14 @@ TRL_ADDS: dict[str, Any] = {"completion_ids": [[1]] * 10, "trainer_state": None,
 @pytest.fixture(scope="module")
 def service() -> Iterator[Served]:
     with reward_in_thread(max_items=MAX_ITEMS) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def gated() -> Iterator[Served]:
+    """A service that answers once the gate is open."""
+    part = {"name": "gate", "engine": "rules", "function": "tests.rpc.reward_rules:wait_for_gate"}
+    with reward_in_thread(models=[{"name": "gate", "components": [part]}]) as served:
         yield served
 
 
@@ -153,12 +162,16 @@ def test_texts_of_no_known_form_are_named(
     assert caught.value.violations[0].field == field
 
 
-def test_client_options_reach_the_client_and_bad_ones_show_at_once(service: Served) -> None:
+def test_client_options_reach_the_client_and_bad_ones_show_at_once(service: Served, gated: Served) -> None:
     with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
         RewardFunction(service.target, timeout_seconds=-1.0)
     with pytest.raises(TypeError, match="no_such_option"):
         AsyncRewardFunction(service.target, no_such_option=1)
-    hasty = RewardFunction(service.target, timeout_seconds=1e-6)
-    with pytest.raises(DeadlineExceededError):
-        hasty(prompts=["a"], completions=["b"])
+    hasty = RewardFunction(gated.target, timeout_seconds=0.2)
+    reward_rules.GATE.clear()
+    try:
+        with pytest.raises(DeadlineExceededError):
+            hasty(prompts=["a"], completions=["b"])
+    finally:
+        reward_rules.GATE.set()
     hasty.close()
