@@ -28,6 +28,7 @@ from tether import (
     UnavailableError,
 )
 from tether.breaker import BREAKER_OPEN, CircuitBreaker
+from tether.channel_options import channel_options
 from tether.v1 import adapter_pb2, adapter_pb2_grpc
 
 LATE = DeadlineExceededError("late")
@@ -213,7 +214,7 @@ def silent_listener() -> socket.socket:
 def test_a_peer_that_accepts_and_is_silent_does_not_hold_a_connection_attempt(
     bounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dict(tether.channel.channel_options(retries=False))
+    options = dict(channel_options(retries=False))
     assert options["grpc.min_reconnect_backoff_ms"] == 5000
     options["grpc.min_reconnect_backoff_ms"] = 500
     if not bounded:  # the control: gRPC's own bound is 20 s

@@ -26,6 +26,7 @@ from tether import (
     TetherError,
     UnavailableError,
 )
+from tether.channel_options import channel_options
 from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc, reward_pb2
 
 
@@ -164,7 +165,7 @@ asyncio.run(main())
 
 
 def test_a_frozen_peer_is_noticed_by_pings_long_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = dict(tether.channel.channel_options())
+    options = dict(channel_options())
     quick: dict[str, int | str] = {"grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
     assert quick.keys() <= options.keys()
     monkeypatch.setattr(tether.channel, "channel_options", lambda retries, replicas: list((options | quick).items()))

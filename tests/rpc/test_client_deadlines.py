@@ -25,8 +25,9 @@ from tether import (
     RewardModelClient,
     ScoreItem,
 )
-from tether.channel import ServiceClient, is_serving, open_channel
+from tether.channel import ServiceClient, open_channel
 from tether.errors import TetherError
+from tether.health import is_serving
 from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_model_pb2, reward_pb2
 
 CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reward_model_pb2, reference_pb2, orchestrator_pb2)

@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 
 from tests.rpc.serving import LOCAL, Served, run, serving
-from tether.channel import channel_options, has_replicas
+from tether.channel_options import channel_options, has_replicas
 from tether.reward import RewardClient, ScoreItem
 from tether.v1 import reward_pb2, reward_pb2_grpc
 from tether_services.reward.config import RewardSettings

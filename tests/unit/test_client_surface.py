@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tether
-from tether.channel import EFFECT_FREE_METHODS, channel_options, service_config
+from tether.channel_options import EFFECT_FREE_METHODS, channel_options, service_config
 from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_model_pb2, reward_pb2
 
 CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reward_model_pb2, reference_pb2, orchestrator_pb2)

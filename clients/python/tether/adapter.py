@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
-from uuid import UUID, uuid4
+from typing import TYPE_CHECKING, Literal
 
-from tether.adapter_upload import ADAPTER_FILES, ATTEMPTS, AdapterUpload, LocalFiles, OnProgress, pause, read_files
+from tether.adapter_upload import ADAPTER_FILES, AdapterUpload, LocalFiles, OnProgress, read_files
+from tether.attempts import ATTEMPTS, read_request_id
 from tether.channel import ServiceClient
-from tether.errors import InternalError, InvalidArgumentError, UnavailableError
+from tether.errors import InternalError
 from tether.status import request_field
 from tether.v1 import adapter_pb2, adapter_pb2_grpc
 
@@ -31,7 +31,6 @@ __all__ = [
     "PushResult",
 ]
 
-ResultT = TypeVar("ResultT")
 AdapterState = Literal["loaded", "active", "retiring"]
 _STATES: dict[int, AdapterState] = {
     adapter_pb2.ADAPTER_STATE_LOADED: "loaded",
@@ -172,7 +171,7 @@ class AdapterClient(ServiceClient):
             UnavailableError: The generator could not be reached several times in a row.
         """
         files = await asyncio.to_thread(read_files, folder)
-        begin = _begin_request(push, files, epoch=epoch, request_id=_request_id(request_id))
+        begin = _begin_request(push, files, epoch=epoch, request_id=read_request_id(request_id))
         attempts = ATTEMPTS if self._retries else 1
         upload = AdapterUpload(_Calls(self, timeout_seconds), begin, on_progress, attempts=attempts)
         answer = await upload.push(files)
@@ -209,14 +208,14 @@ class AdapterClient(ServiceClient):
         """
         with request_field("policy_version"):
             request = adapter_pb2.ActivateAdapterRequest(
-                request_id=_request_id(request_id),
+                request_id=read_request_id(request_id),
                 run_id=run_id,
                 policy_version=policy_version,
                 expected_run_id=expected_run_id,
                 expected_policy_version=expected_policy_version,
                 epoch=epoch,
             )
-        response = await self._repeat(lambda: self._call(self._stub.ActivateAdapter, request, timeout_seconds))
+        response = await self._repeat(self._stub.ActivateAdapter, request, timeout_seconds)
         return response.previous_policy_version
 
     async def rollback(
@@ -236,25 +235,18 @@ class AdapterClient(ServiceClient):
         """
         with request_field("expected_policy_version"):
             request = adapter_pb2.RollbackAdapterRequest(
-                request_id=_request_id(request_id),
+                request_id=read_request_id(request_id),
                 run_id=run_id,
                 expected_policy_version=expected_policy_version,
                 epoch=epoch,
             )
-        response = await self._repeat(lambda: self._call(self._stub.RollbackAdapter, request, timeout_seconds))
+        response = await self._repeat(self._stub.RollbackAdapter, request, timeout_seconds)
         return response.policy_version
 
     async def list_adapters(self, *, timeout_seconds: float | None = None) -> tuple[Adapter, ...]:
         """Return the stored adapters of all runs, oldest first."""
-        adapters: list[Adapter] = []
-        token = ""
-        while True:
-            request = adapter_pb2.ListAdaptersRequest(page_token=token)
-            page = await self._read(self._stub.ListAdapters, request, timeout_seconds)
-            adapters += [_adapter(adapter) for adapter in page.adapters]
-            token = page.next_page_token
-            if not token:
-                return tuple(adapters)
+        pages = self._pages(self._stub.ListAdapters, adapter_pb2.ListAdaptersRequest(), timeout_seconds)
+        return tuple([_adapter(adapter) async for page in pages for adapter in page.adapters])
 
     async def get_active_adapter(self, *, timeout_seconds: float | None = None) -> ActiveAdapter:
         """Return what the generator serves now."""
@@ -281,21 +273,9 @@ class AdapterClient(ServiceClient):
         """
         with request_field("policy_version"):
             request = adapter_pb2.DeleteAdapterRequest(
-                request_id=_request_id(request_id), run_id=run_id, policy_version=policy_version, epoch=epoch
+                request_id=read_request_id(request_id), run_id=run_id, policy_version=policy_version, epoch=epoch
             )
-        await self._repeat(lambda: self._call(self._stub.DeleteAdapter, request, timeout_seconds))
-
-    async def _repeat(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Return the call's result, made again a bounded number of times after UNAVAILABLE unless the caller does that.
-
-        Only for calls that carry a request id: their repeat has no second effect.
-        """
-        for attempt in range(1, ATTEMPTS if self._retries else 1):
-            try:
-                return await call()
-            except UnavailableError:
-                await pause(attempt)
-        return await call()
+        await self._repeat(self._stub.DeleteAdapter, request, timeout_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,18 +293,6 @@ class _Calls:
 
     async def commit(self, request: adapter_pb2.CommitPushRequest) -> adapter_pb2.CommitPushResponse:
         return await self.client._call(self.client._stub.CommitPush, request, self.timeout_seconds)
-
-
-def _request_id(given: str) -> str:
-    """Return the caller's UUID in its canonical form, or a new one.
-
-    Raises:
-        InvalidArgumentError: It is none.
-    """
-    try:
-        return str(UUID(given) if given else uuid4())
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InvalidArgumentError(f"{given!r} is not a UUID.", field="request_id") from error
 
 
 def _begin_request(

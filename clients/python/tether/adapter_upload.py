@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 from uuid import UUID, uuid5
 
+from tether.attempts import ATTEMPTS, pause_after
 from tether.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -21,7 +22,7 @@ from tether.errors import (
 )
 from tether.v1 import adapter_pb2
 
-__all__ = ["ADAPTER_FILES", "ATTEMPTS", "AdapterUpload", "LocalFiles", "PushCalls", "pause", "read_files"]
+__all__ = ["ADAPTER_FILES", "AdapterUpload", "LocalFiles", "PushCalls", "read_files"]
 
 ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 """What an adapter folder must hold, in the order in which the bytes are sent. Other files stay at home."""
@@ -29,8 +30,6 @@ MAX_CHUNK_BYTES: Final = 1024 * 1024
 """Largest chunk that the contract allows."""
 PIECE_BYTES: Final = 8 * 1024 * 1024
 """What is sent under one deadline, and held in memory."""
-ATTEMPTS: Final = 5
-"""Times something is tried, in all, before the push is given up; bytes that arrive begin the count anew."""
 RESUMED: Final = ("WRONG_OFFSET", "STREAM_REPLACED", "CHUNK_DAMAGED", "COMMITTING")
 """Reasons for which the bytes go on from where the generator is."""
 _LOST: Final = (UnavailableError, DeadlineExceededError, CancelledError)
@@ -229,7 +228,7 @@ class AdapterUpload:
         self._failures += 1
         if self._failures >= self._allowed(error) or len(self._uploads) > ATTEMPTS:
             raise error
-        await pause(self._failures)
+        await pause_after(self._failures)
 
     def _allowed(self, error: TetherError) -> int:
         """Return the failures in a row after which the push is given up."""
@@ -247,11 +246,6 @@ class AdapterUpload:
 def _may_pass(error: TetherError) -> bool:
     """Return whether beginning again may help: the call was lost, its stream was, or the upload (by a restart)."""
     return isinstance(error, (*_LOST, NotFoundError)) or error.reason in RESUMED
-
-
-async def pause(failures: int) -> None:
-    """Wait before the next attempt, longer with each failure."""
-    await asyncio.sleep(0.1 * 2**failures)
 
 
 async def _chunks(

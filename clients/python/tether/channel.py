@@ -1,48 +1,35 @@
-"""Channels to the services: every option in one place, a deadline on every call, typed errors."""
+"""Channels to the services and how to call over them: a deadline on every call, typed errors, bounded repeats."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import json
 import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
 
+from tether.attempts import ATTEMPTS, pause_after
 from tether.breaker import BREAKER_OPEN, CircuitBreaker
+from tether.channel_options import channel_options, has_replicas
 from tether.credentials import Credentials, Tls, Token
 from tether.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from tether.health import answers, is_serving
 from tether.rotation import CredentialChannel
 from tether.status import from_rpc_error
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
+ListT = TypeVar("ListT", bound="_ListRequest")
+PageT = TypeVar("PageT", bound="_Page")
 
 DEFAULT_TIMEOUT_SECONDS: Final = 120.0
 """Deadline of a call unless the client or the call says otherwise."""
-MESSAGE_BYTES: Final = 8 * 1024 * 1024
-"""Largest message sent or accepted; also the retry buffer, as gRPC silently does not retry what exceeds that buffer."""
-EFFECT_FREE_METHODS: Final = {
-    "tether.v1.GeneratorService": ("Generate", "GetGenerator"),
-    "tether.v1.AdapterService": ("ListAdapters", "GetActiveAdapter"),
-    "tether.v1.RewardService": ("Score", "Compare", "ListRewardModels"),
-    "tether.v1.RewardModelService": ("ListLoadedRewardModels",),
-    "tether.v1.ReferenceService": ("ComputeLogprobs", "GetReference"),
-    "tether.v1.OrchestratorService": ("GetRun", "ListRuns", "ListSteps"),
-}
-"""The methods that gRPC may repeat on its own. Everything else has an effect or, as WatchRun, resumes by itself."""
-
-
-HEALTH_METHOD: Final = "/grpc.health.v1.Health/Check"
-PROBE_TIMEOUT_SECONDS: Final = 1.0
-"""Deadline of a health check while a breaker is open."""
 AWAY_SECONDS: Final = 60.0
 """How long a call without effect waits for a service that has answered before: longer than a restart takes."""
 UNKNOWN_SECONDS: Final = 3.0
@@ -57,60 +44,6 @@ PUSHBACK_JITTER: Final = 0.5
 """Such a wait is as long as the service says, and up to this share longer, so that not all callers return at once."""
 NOT_WAITED_FOR: Final = (BREAKER_OPEN, "ADAPTER_MISSING")
 """Reasons of UNAVAILABLE that end a call at once: a breaker has its own probe, an adapter somebody must push."""
-
-
-def has_replicas(target: str) -> bool:
-    """Return whether a target stands for several addresses, of which one may take the calls of another."""
-    return target.startswith("dns:") or "," in target
-
-
-def service_config(*, retries: bool = True, replicas: bool = False) -> dict[str, Any]:
-    """Return the gRPC service config: spread over all addresses, repeat UNAVAILABLE where a call has no effect.
-
-    Args:
-        retries: False for callers that repeat calls themselves: nested repeats multiply.
-        replicas: Watch the health of each address and send no calls to those that say they do not serve, so that one
-            which drains or whose engine has died costs none. Of a single address the service itself says why.
-    """
-    balancing: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if replicas:
-        balancing["healthCheckConfig"] = {"serviceName": ""}
-    if not retries:
-        return balancing
-    names = [{"service": service, "method": name} for service, names in EFFECT_FREE_METHODS.items() for name in names]
-    return {
-        **balancing,
-        "methodConfig": [
-            {
-                "name": names,
-                "retryPolicy": {
-                    "maxAttempts": 3,
-                    "initialBackoff": "0.2s",
-                    "maxBackoff": "1s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ],
-    }
-
-
-def channel_options(*, retries: bool = True, replicas: bool = False) -> list[tuple[str, int | str]]:
-    """Return the channel arguments of a client. gRPC ignores unknown keys, so the tests assert the effect of these."""
-    return [
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.http2.ping_timeout_ms", 10_000),  # the one that detects a dead peer
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 5_000),  # how long a peer that accepts and then is silent holds an attempt
-        ("grpc.max_reconnect_backoff_ms", 1_000),  # so that a service which is back is used again soon
-        ("grpc.dns_min_time_between_resolutions_ms", 2_000),  # asked when a connection ends: finds new replicas
-        ("grpc.max_receive_message_length", MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MESSAGE_BYTES),
-        ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(service_config(retries=retries, replicas=replicas))),
-    ]
 
 
 def open_channel(
@@ -160,28 +93,6 @@ def channel_with(
     return open_with(None) if credentials.is_empty else CredentialChannel(credentials, open_with)
 
 
-async def is_serving(channel: grpc.aio.Channel) -> bool:
-    """Return whether the service behind a channel says that it serves; one without health checks does if it answers."""
-    return await _check_health(channel) in (b"\x08\x01", grpc.StatusCode.UNIMPLEMENTED)  # field 1, status: SERVING
-
-
-async def answers(channel: grpc.aio.Channel) -> bool:
-    """Return whether a health check has any answer, also a refused connection; only a service that hangs has none.
-
-    What refuses connections is gone, so that the calls to it have ended, or drains, and they go on.
-    """
-    return await _check_health(channel) is not grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-async def _check_health(channel: grpc.aio.Channel) -> bytes | grpc.StatusCode:
-    # An empty request asks for the whole process; read as bytes, it needs no further library.
-    check: Callable[..., Awaitable[bytes]] = channel.unary_unary(HEALTH_METHOD)
-    try:
-        return await check(b"", timeout=PROBE_TIMEOUT_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-
-
 def check_timeout(seconds: float) -> float:
     """Return the timeout if it is a positive, finite number of seconds.
 
@@ -191,6 +102,18 @@ def check_timeout(seconds: float) -> float:
     if not math.isfinite(seconds) or seconds <= 0:
         raise InvalidArgumentError(f"{seconds!r} is not a positive, finite number of seconds.", field="timeout_seconds")
     return seconds
+
+
+class _ListRequest(Protocol):
+    """Asks for a part of a list."""
+
+    page_token: str
+
+
+class _Page(Protocol):
+    """Such a part."""
+
+    next_page_token: str
 
 
 class ServiceClient:
@@ -242,9 +165,7 @@ class ServiceClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -278,6 +199,23 @@ class ServiceClient:
         """Return the response of a unary call; every failure is a TetherError."""
         timeout = self._timeout(timeout_seconds)
         return await self._guarded(lambda: method(request, timeout=timeout), timeout)
+
+    async def _repeat(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout_seconds: float | None,
+    ) -> ResponseT:
+        """Return the response of a unary call, made up to ATTEMPTS times while the service is unavailable.
+
+        Once if the caller repeats it. Only for requests with a request id, whose repeat has no second effect.
+        """
+        for attempt in range(1, ATTEMPTS if self._retries else 1):
+            try:
+                return await self._call(method, request, timeout_seconds)
+            except UnavailableError:
+                await pause_after(attempt)
+        return await self._call(method, request, timeout_seconds)
 
     async def _read(
         self,
@@ -316,6 +254,17 @@ class ServiceClient:
             else:
                 self._has_answered = True
                 return response
+
+    async def _pages(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[ListT, PageT], request: ListT, timeout_seconds: float | None
+    ) -> AsyncIterator[PageT]:
+        """Yield all parts of a list, at least one, each read by a call of its own as by `_read`."""
+        while True:
+            page = await self._read(method, request, timeout_seconds)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def _is_connected(self) -> bool:
         return self._channel.get_state() is grpc.ChannelConnectivity.READY

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tether.channel import DEFAULT_TIMEOUT_SECONDS, ServiceClient
@@ -92,9 +91,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

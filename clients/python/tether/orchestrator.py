@@ -176,15 +176,8 @@ class OrchestratorClient(ServiceClient):
 
     async def list_runs(self, *, timeout_seconds: float | None = None) -> tuple[Run, ...]:
         """Return all runs, newest first."""
-        runs: list[Run] = []
-        token = ""
-        while True:
-            request = orchestrator_pb2.ListRunsRequest(page_token=token)
-            page = await self._read(self._stub.ListRuns, request, timeout_seconds)
-            runs += [_run(run) for run in page.runs]
-            token = page.next_page_token
-            if not token:
-                return tuple(runs)
+        pages = self._pages(self._stub.ListRuns, orchestrator_pb2.ListRunsRequest(), timeout_seconds)
+        return tuple([_run(run) async for page in pages for run in page.runs])
 
     async def cancel_run(self, run_id: str, *, request_id: str = "", timeout_seconds: float | None = None) -> Run:
         """Stop a run after its current step at the latest, and return it.

@@ -186,15 +186,8 @@ class RewardClient(ServiceClient):
 
     async def list_reward_models(self, *, timeout_seconds: float | None = None) -> tuple[RewardModel, ...]:
         """Return all reward models of the service."""
-        models: list[RewardModel] = []
-        token = ""
-        while True:
-            request = reward_pb2.ListRewardModelsRequest(page_token=token)
-            page = await self._read(self._stub.ListRewardModels, request, timeout_seconds)
-            models += [_model(model) for model in page.models]
-            token = page.next_page_token
-            if not token:
-                return tuple(models)
+        pages = self._pages(self._stub.ListRewardModels, reward_pb2.ListRewardModelsRequest(), timeout_seconds)
+        return tuple([_model(model) async for page in pages for model in page.models])
 
 
 def _model(model: reward_pb2.RewardModel) -> RewardModel:

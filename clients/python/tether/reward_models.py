@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeVar
-from uuid import UUID, uuid4
+from typing import TYPE_CHECKING, Literal
 
-from tether.adapter_upload import ATTEMPTS, pause
+from tether.attempts import read_request_id
 from tether.channel import ServiceClient
-from tether.errors import InvalidArgumentError, UnavailableError
 from tether.status import request_field
 from tether.v1 import reward_model_pb2, reward_model_pb2_grpc
 
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedRewardModel", "LoadedRewardModels", "RewardModelClient", "RewardModelShadow", "ScoreCacheState"]
 
-ResultT = TypeVar("ResultT")
 RewardModelState = Literal["loading", "warm", "serving", "draining"]
 _STATES: dict[int, RewardModelState] = {
     reward_model_pb2.REWARD_MODEL_STATE_LOADING: "loading",
@@ -144,9 +140,9 @@ class RewardModelClient(ServiceClient):
         """
         with request_field("name"):
             request = reward_model_pb2.LoadRewardModelRequest(
-                request_id=_request_id(request_id), name=name, version=version, expected_sha256=expected_sha256
+                request_id=read_request_id(request_id), name=name, version=version, expected_sha256=expected_sha256
             )
-        response = await self._repeat(lambda: self._call(self._stub.LoadRewardModel, request, timeout_seconds))
+        response = await self._repeat(self._stub.LoadRewardModel, request, timeout_seconds)
         return _model(response.model)
 
     async def unload(
@@ -160,9 +156,9 @@ class RewardModelClient(ServiceClient):
         """
         with request_field("name"):
             request = reward_model_pb2.UnloadRewardModelRequest(
-                request_id=_request_id(request_id), name=name, version=version
+                request_id=read_request_id(request_id), name=name, version=version
             )
-        await self._repeat(lambda: self._call(self._stub.UnloadRewardModel, request, timeout_seconds))
+        await self._repeat(self._stub.UnloadRewardModel, request, timeout_seconds)
 
     async def set_default(
         self,
@@ -190,13 +186,13 @@ class RewardModelClient(ServiceClient):
         """
         with request_field("name"):
             request = reward_model_pb2.SetDefaultRewardModelRequest(
-                request_id=_request_id(request_id),
+                request_id=read_request_id(request_id),
                 name=name,
                 version=version,
                 name_only=name_only,
                 expected_current=expected_current,
             )
-        response = await self._repeat(lambda: self._call(self._stub.SetDefaultRewardModel, request, timeout_seconds))
+        response = await self._repeat(self._stub.SetDefaultRewardModel, request, timeout_seconds)
         return response.previous
 
     async def set_shadow(
@@ -225,55 +221,26 @@ class RewardModelClient(ServiceClient):
         """
         with request_field("fraction"):
             request = reward_model_pb2.SetShadowRequest(
-                request_id=_request_id(request_id), name=name, version=version, base=base, fraction=fraction
+                request_id=read_request_id(request_id), name=name, version=version, base=base, fraction=fraction
             )
-        response = await self._repeat(lambda: self._call(self._stub.SetShadow, request, timeout_seconds))
+        response = await self._repeat(self._stub.SetShadow, request, timeout_seconds)
         return _shadow(response.shadow)
 
     async def clear_shadow(
         self, *, request_id: str = "", timeout_seconds: float | None = None
     ) -> RewardModelShadow | None:
         """End the shadow and return its last figures; None if there was none."""
-        request = reward_model_pb2.ClearShadowRequest(request_id=_request_id(request_id))
-        response = await self._repeat(lambda: self._call(self._stub.ClearShadow, request, timeout_seconds))
+        request = reward_model_pb2.ClearShadowRequest(request_id=read_request_id(request_id))
+        response = await self._repeat(self._stub.ClearShadow, request, timeout_seconds)
         return _shadow(response.shadow) if response.HasField("shadow") else None
 
     async def list_loaded(self, *, timeout_seconds: float | None = None) -> LoadedRewardModels:
         """Return everything that the service holds, with cache and shadow."""
-        models: list[LoadedRewardModel] = []
-        token = ""
-        while True:
-            request = reward_model_pb2.ListLoadedRewardModelsRequest(page_token=token)
-            page = await self._read(self._stub.ListLoadedRewardModels, request, timeout_seconds)
-            models += [_model(model) for model in page.models]
-            token = page.next_page_token
-            if not token:
-                shadow = _shadow(page.shadow) if page.HasField("shadow") else None
-                return LoadedRewardModels(tuple(models), _cache(page.cache), shadow)
-
-    async def _repeat(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """Return the call's result, made again a bounded number of times after UNAVAILABLE unless the caller does that.
-
-        Only for calls that carry a request id: their repeat has no second effect.
-        """
-        for attempt in range(1, ATTEMPTS if self._retries else 1):
-            try:
-                return await call()
-            except UnavailableError:
-                await pause(attempt)
-        return await call()
-
-
-def _request_id(given: str) -> str:
-    """Return the caller's UUID in its canonical form, or a new one.
-
-    Raises:
-        InvalidArgumentError: It is none.
-    """
-    try:
-        return str(UUID(given) if given else uuid4())
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InvalidArgumentError(f"{given!r} is not a UUID.", field="request_id") from error
+        request = reward_model_pb2.ListLoadedRewardModelsRequest()
+        pages = [page async for page in self._pages(self._stub.ListLoadedRewardModels, request, timeout_seconds)]
+        models = tuple(_model(model) for page in pages for model in page.models)
+        last = pages[-1]
+        return LoadedRewardModels(models, _cache(last.cache), _shadow(last.shadow) if last.HasField("shadow") else None)
 
 
 def _model(model: reward_model_pb2.LoadedRewardModel) -> LoadedRewardModel:

@@ -19,7 +19,7 @@ from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios.killed_worker import KEEP_ALL, PARTS, reach_step, run_whole
 from tests.reliability.scenarios.killed_worker import judge as judge_runs
 from tests.reliability.world import World, WorldPlan, open_world, run_toml
-from tether.channel import channel_options
+from tether.channel_options import channel_options
 from tether.reference import ReferenceClient
 from tether.reward import RewardClient
 from tether.v1 import reward_pb2, reward_pb2_grpc

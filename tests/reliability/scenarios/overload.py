@@ -17,7 +17,7 @@ from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.scenarios.soak import PAGE_BYTES
 from tests.reliability.world import World, WorldPlan, open_world
 from tests.rpc.token_inputs import add_token
-from tether.channel import is_serving
+from tether.health import is_serving
 from tether_services.bench.plan import CallerPlan, ItemPlan, LoadPlan
 from tether_services.bench.report import CallerReport, LoadReport
 from tether_services.bench.run import run_load

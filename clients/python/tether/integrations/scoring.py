@@ -69,7 +69,10 @@ class ScoringOptions:
 
 
 class _Opener:
-    """Options that may be pickled and copied, without what was opened with them."""
+    """Options that may be pickled and copied, without what was opened with them, and how to score by them."""
+
+    _max_items = 0
+    """Items that every call may have; 0 before the service was asked."""
 
     def __init__(self, options: ScoringOptions) -> None:
         """Remember how to score; nothing is opened before the first call."""
@@ -86,6 +89,16 @@ class _Opener:
         self.options = options
         self._begin()
 
+    async def _score(self, client: RewardClient, items: Sequence[ScoreItem]) -> list[ItemScore]:
+        """Return one score per item, in order, from one call after the other; the limit of a call is asked for once."""
+        options = self.options
+        if len(items) > 1 and not self._max_items:
+            self._max_items = _smallest_limit(await client.list_reward_models())
+        scores: list[ItemScore] = []
+        for part in _parts(items, max_items=self._max_items):
+            scores += (await client.score(part, model=options.model, version=options.version)).scores
+        return scores
+
 
 class Scorer(_Opener):
     """Scores any number of items with ordinary calls; usable from any thread, opened by its first use.
@@ -96,7 +109,6 @@ class Scorer(_Opener):
     def _begin(self) -> None:
         self._opening = threading.Lock()
         self._client: Client | None = None
-        self._max_items = 0
 
     def score(self, items: Sequence[ScoreItem]) -> list[ItemScore]:
         """Return one score per item, in order; an item that cannot be scored carries its own error.
@@ -106,13 +118,8 @@ class Scorer(_Opener):
         """
         if not items:
             return []
-        client, options = self._open(), self.options
-        if len(items) > 1 and not self._max_items:
-            self._max_items = _smallest_limit(client.list_reward_models())
-        scores: list[ItemScore] = []
-        for part in _parts(items, max_items=self._max_items):
-            scores += client.score_items(part, model=options.model, version=options.version).scores
-        return scores
+        client = self._open()
+        return client._run(self._score(client._service(RewardClient), items))
 
     def close(self) -> None:
         """Close the connection; the next call opens another. Twice is once."""
@@ -136,7 +143,6 @@ class AsyncScorer(_Opener):
 
     def _begin(self) -> None:
         self._clients: dict[asyncio.AbstractEventLoop, RewardClient] = {}
-        self._max_items = 0
 
     async def score(self, items: Sequence[ScoreItem]) -> list[ItemScore]:
         """Return one score per item, in order; an item that cannot be scored carries its own error.
@@ -144,15 +150,7 @@ class AsyncScorer(_Opener):
         Raises:
             TetherError: A call failed as a whole; the narrowest class says why.
         """
-        if not items:
-            return []
-        client, options = self._open(), self.options
-        if len(items) > 1 and not self._max_items:
-            self._max_items = _smallest_limit(await client.list_reward_models())
-        scores: list[ItemScore] = []
-        for part in _parts(items, max_items=self._max_items):
-            scores += (await client.score(part, model=options.model, version=options.version)).scores
-        return scores
+        return await self._score(self._open(), items) if items else []
 
     async def is_serving(self) -> bool:
         """Return whether the reward scorer says that it serves."""
