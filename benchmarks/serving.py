@@ -28,6 +28,7 @@ from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import ScoreTask
 from tether_services.reward.engines.transformers import TransformersRewardEngine
 from tether_services.runtime.padding import PaddedBatch, padded_batches, serving_padding
+from tether_services.runtime.threads import keep_freed_memory
 
 MODEL = Path(__file__).resolve().parents[1] / "services/tether_services/demo/models/reward"
 NUM_CALLERS = 64
@@ -106,8 +107,9 @@ async def connected(process: RewardProcess) -> AsyncIterator[RewardClient]:
 
 @asynccontextmanager
 async def bare_engine() -> AsyncIterator[TransformersRewardEngine]:
-    """Yield the engine of the service without the service."""
+    """Yield the engine of the service without the service, in a process with the same budget."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     settings = RewardSettings.model_validate({"model": str(MODEL), "device": "cpu"})
     engine = TransformersRewardEngine(str(MODEL), settings, field="model")
     await engine.start()
