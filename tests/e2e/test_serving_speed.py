@@ -45,7 +45,6 @@ async def best_of(measure: Callable[[], Awaitable[float]], *, enough: Callable[[
     return found
 
 
-@pytest.mark.xfail(reason="not reached yet: p50 overhead 2.1 to 2.4 ms of 2, medians of the ratio 0.87 of 0.9")
 def test_callers_of_one_item_come_close_to_an_offline_batch_and_a_lone_call_to_the_bare_engine() -> None:
     tasks = make_tasks(mixed_lengths(NUM_CALLERS))
 

@@ -16,7 +16,7 @@ from tether.reward import ScoreItem
 from tether.reward_models import RewardModelShadow
 from tether_services.reward.engines.fake import fake_text_score
 from tether_services.runtime.batching import Batcher
-from tether_services.runtime.callers import current_caller
+from tether_services.runtime.callers import ANONYMOUS, current_caller
 
 TWO = [fake_model("m", "1"), fake_model("m", "2")]
 NUMBER: dict[str, Any] = {
@@ -148,11 +148,12 @@ def test_items_wait_for_nobody_while_callers_fill_the_queue() -> None:
         async with serve_rewards(models=TWO) as rewards:
             scorer = rewards.service._scorer
             await rewards.models.set_shadow("m", "2")
-            scorer._num_waiting = 100_000
+            room, count = scorer.batcher._room, rewards.service._settings.batch.queue_limit // 2 + 1
+            room.take(ANONYMOUS, count)
             await rewards.reward.score([ScoreItem("p", "r")])
             shadow = await settled(rewards, 1)
             assert (shadow.scored_count, shadow.dropped_count) == (0, 1)
-            scorer._num_waiting = 0
+            room.give_back(ANONYMOUS, count)
             await rewards.reward.score([ScoreItem("p", "r")])
             shadow = await settled(rewards, 2)
             assert (shadow.scored_count, shadow.dropped_count) == (1, 1)

@@ -124,9 +124,10 @@ def test_the_items_of_a_polite_caller_and_of_the_trainer_are_read_before_those_t
                 return stub.Score(score_request(num_items), timeout=30, metadata=bearing(token))
 
             calls = [score(flood, 64) for _ in range(6)]
-            await until(lambda: service._scorer._num_waiting == 6 * 64, calls)
+            room = service._scorer.batcher._room
+            await until(lambda: room.held("shared") == 6 * 64, calls)
             calls += [score(polite, 1), score(trainer, 2)]
-            await until(lambda: service._scorer._num_waiting == 6 * 64 + 3, calls)
+            await until(lambda: (room.held("shared"), room.held("training")) == (6 * 64 + 1, 2), calls)
             first_may_end.set()
             await asyncio.gather(*calls)
 

@@ -72,8 +72,7 @@ class RewardMetrics:
             ["outcome"],
             registry=registry,
         )
-        for outcome in ("scored", "refused", "failed"):
-            self.items.labels(outcome)
+        self.scored, self.refused, self.failed = map(self.items.labels, ("scored", "refused", "failed"))
         self.tokens = Counter("tether_reward_tokens_total", "Tokens of scored items.", registry=registry)
         self.model = Info("tether_reward_model", "A reward model in use.", ["model", "version"], registry=registry)
         self.loads = Counter(

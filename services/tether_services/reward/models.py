@@ -13,6 +13,7 @@ from tether_services.reward.config import ComponentSettings, ModelSettings, Rewa
 from tether_services.reward.engine import RewardEngine
 from tether_services.reward.engines import build_engine
 from tether_services.reward.items import ItemReader, PreparedItem
+from tether_services.runtime.gathering import gather_in_order
 from tether_services.runtime.model_folder import find_model_folder
 from tether_services.runtime.text import HfCodec, TextCodec
 
@@ -133,7 +134,7 @@ class RewardModel:
     async def score(self, items: Sequence[PreparedItem]) -> list[Judgement | Refusal]:
         """Return the judgements in order."""
         tasks = [item.task for item in items]
-        columns = await asyncio.gather(*(component.engine.score(tasks) for component in self.components))
+        columns = await gather_in_order([component.engine.score(tasks) for component in self.components])
         outcomes: list[Judgement | Refusal] = []
         for item, *raw_values in zip(items, *columns, strict=True):
             try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -26,6 +26,8 @@ __all__ = ["Judged", "Scorer"]
 ResultT = TypeVar("ResultT")
 TURN_CREDIT_ITEMS: Final = 64
 """Items, times its weight, that are read ahead for a caller that has used less than its fair share lately."""
+MAX_IDS_AT_ONCE: Final = 4096
+"""Token ids that are read right away, in less time than a turn of the thread takes; there is nothing to tokenise."""
 Inputs = Sequence[ScoreInput | Refusal]
 Outcome = Judgement | Refusal
 Prepared = PreparedItem | Refusal
@@ -47,19 +49,12 @@ class Scorer:
 
     def __init__(self, settings: RewardSettings, metrics: RewardMetrics) -> None:
         self._metrics = metrics
-        self._room = settings.batch.queue_limit
         self.cache = ScoreCache(settings.cache, metrics.cache)
         self.batcher = Batcher[Queued, Outcome](self._run_batch, settings.batch, metrics.queue)
         # One thread: the tokenizers of some models must not be used by two at a time.
         self._text_clock = ThreadClock()
         self._text_turns = FairGate(1, training_share=settings.batch.training_share, credit_tokens=TURN_CREDIT_ITEMS)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="reward-text", initializer=self._text_clock.attach)
-        self._num_waiting = 0
-
-    @property
-    def is_busy(self) -> bool:
-        """Return whether callers' items fill half of the queue, so that what can be left out should be."""
-        return self._num_waiting > self._room // 2
 
     def start(self) -> None:
         """Begin to execute batches."""
@@ -83,14 +78,21 @@ class Scorer:
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, function, *arguments)
 
     async def judge(
-        self, held: HeldModel, read: Callable[[], Inputs], *, num_items: int, timeout_seconds: float
+        self,
+        held: HeldModel,
+        read: Callable[[], Inputs],
+        *,
+        num_items: int,
+        num_ids: int | None,
+        timeout_seconds: float,
     ) -> Judged:
         """Return the items of a call with a judgement or a refusal for each; they are counted.
 
         Args:
             held: The model; the caller keeps it from being closed.
-            read: Gives the items; called in the thread for text.
+            read: Gives the items; called in the thread for text unless they are few token ids.
             num_items: How many.
+            num_ids: Token ids of all of them; None if one came as text.
             timeout_seconds: For their turn in the queue.
 
         Raises:
@@ -98,9 +100,13 @@ class Scorer:
         """
         caches = self.cache.is_on and held.cacheable
         identity = identify_model(held.model) if caches else b""
-        with self._expecting(num_items), self.batcher.reserve(num_items) as place:  # a call without room is not read
-            async with self._text_turn(num_items):
-                inputs, prepared = await self.in_text_thread(read_and_prepare, held.model.reader, read, identity)
+        reader = held.model.reader
+        with self.batcher.reserve(num_items) as place:  # a call without room is not read
+            if num_ids is not None and num_ids <= MAX_IDS_AT_ONCE and not reader.reads_text:
+                inputs, prepared = read_and_prepare(reader, read, identity)
+            else:
+                async with self._text_turn(num_items):
+                    inputs, prepared = await self.in_text_thread(read_and_prepare, reader, read, identity)
             known = self._look_up(held, prepared) if caches else {}
             missing = [item for index, item in enumerate(prepared) if index not in known]
             judged = iter(await self._batch(held, missing, timeout_seconds=timeout_seconds, place=place))
@@ -155,15 +161,6 @@ class Scorer:
             if index not in known and isinstance(item, PreparedItem) and isinstance(outcome, Judgement):
                 self.cache.put(item.digest, outcome)
 
-    @contextmanager
-    def _expecting(self, num_items: int) -> Iterator[None]:
-        """Count a caller's items as waiting until the block ends."""
-        self._num_waiting += num_items
-        try:
-            yield
-        finally:
-            self._num_waiting -= num_items
-
     async def _batch(
         self, held: HeldModel, items: Sequence[Prepared], *, timeout_seconds: float, place: Place | None = None
     ) -> Sequence[Outcome]:
@@ -181,12 +178,12 @@ class Scorer:
     def _count(self, outcomes: Sequence[Outcome], known: dict[int, Judgement]) -> None:
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, Judgement):
-                self._metrics.items.labels("scored").inc()
+                self._metrics.scored.inc()
                 if index not in known:
                     self._metrics.tokens.inc(outcome.token_count)
             else:
                 ours = isinstance(outcome.error, InternalError)
-                self._metrics.items.labels("failed" if ours else "refused").inc()
+                (self._metrics.failed if ours else self._metrics.refused).inc()
 
 
 def read_and_prepare(reader: ItemReader, read: Callable[[], Inputs], identity: bytes) -> tuple[Inputs, list[Prepared]]:

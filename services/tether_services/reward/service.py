@@ -22,7 +22,7 @@ from tether_services.reward.metrics import RewardMetrics
 from tether_services.reward.pool import HeldModel, ModelPool
 from tether_services.reward.scoring import Scorer
 from tether_services.reward.shadow import ShadowScorer
-from tether_services.reward.wire import cut_page, read_items, write_score
+from tether_services.reward.wire import count_ids, cut_page, read_items, write_score
 from tether_services.runtime.server import Port
 
 SERVICE_NAME = "tether.v1.RewardService"
@@ -104,7 +104,9 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
                 raise InvalidArgumentError(f"{len(request.items)} items; 1 to {limit} are accepted.", field="items")
             read = partial(read_items, request.items)
             left = context.time_remaining()
-            judged = await self._scorer.judge(held, read, num_items=len(request.items), timeout_seconds=left)
+            judged = await self._scorer.judge(
+                held, read, num_items=len(request.items), num_ids=count_ids(request.items), timeout_seconds=left
+            )
             self._shadow.offer(held, judged)
             return reward_pb2.ScoreResponse(
                 scores=[write_score(outcome, field=f"items[{i}]") for i, outcome in enumerate(judged.outcomes)],
@@ -124,7 +126,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             items = [reward_pb2.ScoreItem(prompt=request.prompt, response=response) for response in request.responses]
             read = partial(read_items, items)
             left = context.time_remaining()
-            judged = await self._scorer.judge(held, read, num_items=count, timeout_seconds=left)
+            judged = await self._scorer.judge(held, read, num_items=count, num_ids=None, timeout_seconds=left)
             judgements = [expect_judgement(outcome, index=index) for index, outcome in enumerate(judged.outcomes)]
             self._shadow.offer(held, judged)
             scores = [judgement.score for judgement in judgements]

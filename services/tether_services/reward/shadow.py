@@ -196,7 +196,7 @@ class ShadowScorer:
         """Return the candidate's score of each item of a part, None where there is none; all are counted."""
         inputs, scores = pending.inputs[part], pending.scores[part]
         left = end - time.monotonic()
-        if self._scorer.is_busy or left <= 0:
+        if self._scorer.batcher.is_half_full or left <= 0:
             return self._drop(pending.shadow, len(inputs))
         try:
             outcomes = await self._scorer.judge_aside(pending.shadow.candidate, inputs, timeout_seconds=left)

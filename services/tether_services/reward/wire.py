@@ -19,6 +19,13 @@ def read_items(items: Sequence[reward_pb2.ScoreItem]) -> list[ScoreInput | Refus
     return [_read_or_refuse(item) for item in items]
 
 
+def count_ids(items: Sequence[reward_pb2.ScoreItem]) -> int | None:
+    """Return the token ids of all items together, or None if one of them holds text."""
+    if any(item.prompt or item.response or item.messages for item in items):
+        return None
+    return sum(len(item.prompt_token_ids) + len(item.response_token_ids) for item in items)
+
+
 def _read_or_refuse(item: reward_pb2.ScoreItem) -> ScoreInput | Refusal:
     try:
         return read_item(item)

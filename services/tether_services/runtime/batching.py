@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from pydantic import Field, model_validator
@@ -24,6 +25,7 @@ from pydantic import Field, model_validator
 from tether.errors import DeadlineExceededError, InternalError, ResourceExhaustedError, UnavailableError
 from tether_services.runtime.callers import Caller, current_caller
 from tether_services.runtime.fair_queue import LANES, FairQueue, Ticket
+from tether_services.runtime.gathering import gather_in_order
 from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.pass_tally import tallied_passes
 from tether_services.runtime.room import DrainRate, Room, Shortage
@@ -104,6 +106,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._queue = FairQueue[_Entry[ItemT, ResultT]](
             training_share=settings.training_share, credit_tokens=settings.credit_tokens
         )
+        metrics.show_depth({lane: partial(self._queue.lane_size, lane) for lane in LANES})
         self._room = Room(limit=settings.queue_limit, caller_share=settings.caller_share)
         self._drain = DrainRate()
         self._arrived = asyncio.Event()
@@ -116,6 +119,11 @@ class Batcher(Generic[ItemT, ResultT]):
         """Message and reason for every call once nothing is executed any more."""
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Called at once if the worker ends by itself, which is a defect; nothing is executed any more."""
+
+    @property
+    def is_half_full(self) -> bool:
+        """Return whether half of the places of a lane are held."""
+        return 2 * max(map(self._room.held, LANES)) > self._settings.queue_limit
 
     def start(self) -> None:
         """Begin executing batches on the running event loop."""
@@ -194,7 +202,7 @@ class Batcher(Generic[ItemT, ResultT]):
         with self.reserve(len(items)) if place is None else nullcontext(place) as held:
             tickets = self._enqueue(items, key, held, deadline=time.monotonic() + timeout_seconds)
             try:
-                return list(await asyncio.gather(*(ticket.value.future for ticket in tickets)))
+                return await gather_in_order([ticket.value.future for ticket in tickets])
             finally:
                 self._forget(tickets)
 
@@ -215,7 +223,6 @@ class Batcher(Generic[ItemT, ResultT]):
         ]
         place.count -= len(tickets)
         self._unanswered.update(ticket.value.future for ticket in tickets)
-        self._show_depth()
         self._arrived.set()
         return tickets
 
@@ -226,7 +233,6 @@ class Batcher(Generic[ItemT, ResultT]):
             if self._queue.discard(ticket):
                 self._count_dropped(ticket, "cancelled")
         self._unanswered.difference_update(ticket.value.future for ticket in tickets)
-        self._show_depth()
 
     def _refuse(self, caller: Caller, count: int, shortage: Shortage) -> ResourceExhaustedError:
         """Return the error of items without room, counted."""
@@ -311,7 +317,6 @@ class Batcher(Generic[ItemT, ResultT]):
             self._room.give_back(caller, 1)
             self._metrics.wait.observe(now - ticket.value.enqueued)
             self._metrics.count_items(caller.name, "executed")
-        self._show_depth()
         if tickets:
             self._metrics.batch_items.observe(len(tickets))
             self._metrics.batch_tokens.observe(sum(ticket.tokens for ticket in tickets))
@@ -334,11 +339,6 @@ class Batcher(Generic[ItemT, ResultT]):
         self._room.give_back(caller, 1)
         self._metrics.rejected.labels(reason).inc()
         self._metrics.count_items(caller.name, "dropped")
-
-    def _show_depth(self) -> None:
-        self._metrics.depth.set(len(self._queue))
-        for lane in LANES:
-            self._metrics.lane_depth.labels(lane).set(self._queue.lane_size(lane))
 
     async def _execute(self, batch: Sequence[_Entry[ItemT, ResultT]]) -> None:
         self._executing = True

@@ -137,7 +137,7 @@ class FairQueue(Generic[ValueT]):
         self._number = 0
 
     def __len__(self) -> int:
-        return sum(lane.size for lane in self._lanes.values())
+        return self._lanes["training"].size + self._lanes["shared"].size
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ alone would report a defect of the service.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
@@ -37,25 +37,30 @@ class Chain(grpc.aio.ServerInterceptor):
     """Sends the calls of a server through the pipeline."""
 
     pipeline: Pipeline
+    _wrapped: dict[str, Handler] = field(default_factory=dict, init=False)
+    """By method, once it was called."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Wrap the handler of one call."""
-        handler = await continuation(handler_call_details)
+        """Return the handler of one call."""
         method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith(EXEMPT_PREFIXES):
             return handler
-        metadata = tuple(handler_call_details.invocation_metadata or ())
-        return _replace_behaviour(handler, self.pipeline, method, metadata)
+        return self._wrapped.setdefault(method, _replace_behaviour(handler, self.pipeline, method))
 
 
-def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str, metadata: Any) -> Handler:
+def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str) -> Handler:
     parse, serialize = handler.request_deserializer, {"response_serializer": handler.response_serializer}
 
     def describe(context: Context) -> CallInfo:
+        metadata = tuple(context.invocation_metadata() or ())
         return CallInfo(method, metadata, context.time_remaining(), read_identities(context), context.peer())
 
     if handler.unary_unary:
@@ -72,7 +77,7 @@ def _replace_behaviour(handler: Handler, pipeline: Pipeline, method: str, metada
 
 def _after_request(behaviour: Behaviour, parse: Parse) -> Behaviour:
     async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
-        return await behaviour(await _parse_one(parse, requests), context)
+        return await behaviour(await _parse_one(parse, context), context)
 
     return call
 
@@ -86,7 +91,7 @@ def _with_requests(behaviour: Behaviour, parse: Parse) -> Behaviour:
 
 def _stream_after_request(behaviour: Behaviour, parse: Parse) -> Behaviour:
     async def call(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        async for response in behaviour(await _parse_one(parse, requests), context):
+        async for response in behaviour(await _parse_one(parse, context), context):
             yield response
 
     return call
@@ -127,10 +132,11 @@ def parse_message(parse: Parse, raw: bytes) -> Any:
         ) from None
 
 
-async def _parse_one(parse: Parse, requests: AsyncIterator[bytes]) -> Any:
-    async for raw in requests:
-        return parse_message(parse, raw)
-    raise InvalidArgumentError("The call ended before its request.", reason="MALFORMED_MESSAGE")
+async def _parse_one(parse: Parse, context: Context) -> Any:
+    raw = await context.read()
+    if raw is grpc.aio.EOF:
+        raise InvalidArgumentError("The call ended before its request.", reason="MALFORMED_MESSAGE")
+    return parse_message(parse, raw)
 
 
 async def _parse_all(parse: Parse, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:

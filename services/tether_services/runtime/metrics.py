@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -27,6 +28,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITEM_OUTCOMES = ("executed", "rejected", "dropped")
+PASS_KINDS = ("real", "padding")
 
 
 def new_registry() -> CollectorRegistry:
@@ -78,15 +80,16 @@ class RequestMetrics:
             registry=registry,
         )
         self.in_flight = Gauge(f"tether_{service}_calls_in_flight", "Calls that have no answer yet.", registry=registry)
+        self._requests_of, self._seconds_of = cache(self.requests.labels), cache(self.seconds.labels)
         for method in methods:
-            self.seconds.labels(method)
+            self._seconds_of(method)
             for code in ("OK", *(code.name for code in BY_CODE)):
-                self.requests.labels(method, code)
+                self._requests_of(method, code)
 
     def observe(self, method: str, error: TetherError | None, seconds: float) -> None:
         """Count one finished call."""
-        self.requests.labels(method, error.code.name if error else "OK").inc()
-        self.seconds.labels(method).observe(seconds)
+        self._requests_of(method, error.code.name if error else "OK").inc()
+        self._seconds_of(method).observe(seconds)
 
 
 class QueueMetrics:
@@ -141,6 +144,7 @@ class QueueMetrics:
             if counts_padding
             else None
         )
+        self._passes = [self.forward_tokens.labels(kind) for kind in PASS_KINDS] if self.forward_tokens else []
         self._labels = CallerLabels()
         self._series: dict[str, dict[str, Counter]] = {}
         self._create_children()
@@ -151,9 +155,18 @@ class QueueMetrics:
 
     def count_passes(self, *, real: int, padding: int) -> None:
         """Count the tokens of forward passes, where the engine tells them."""
-        if self.forward_tokens is not None:
-            self.forward_tokens.labels("real").inc(real)
-            self.forward_tokens.labels("padding").inc(padding)
+        for counter, count in zip(self._passes, (real, padding), strict=False):
+            counter.inc(count)
+
+    def show_depth(self, sizes: Mapping[str, Callable[[], int]]) -> None:
+        """Have the depth read from the queue whenever the metrics are read.
+
+        Args:
+            sizes: Gives how many items wait, by lane.
+        """
+        self.depth.set_function(lambda: sum(size() for size in sizes.values()))
+        for lane, size in sizes.items():
+            self.lane_depth.labels(lane).set_function(size)
 
     def _series_of(self, label: str) -> dict[str, Counter]:
         """Return the counters of a caller by outcome; all of them exist from its first item on."""
@@ -171,9 +184,6 @@ class QueueMetrics:
             self.rejected.labels(reason)
         for caller in (ANONYMOUS.name, OTHER):
             self._series_of(caller)
-        if self.forward_tokens is not None:
-            for kind in ("real", "padding"):
-                self.forward_tokens.labels(kind)
 
 
 class GpuCollector(Collector):

@@ -61,6 +61,8 @@ class Allowance:
 class _Usage:
     """What a caller uses."""
 
+    charged: Counter
+    """Its tokens, in the metrics."""
     in_flight: int = 0
     allowances: dict[str, Allowance] = field(default_factory=dict)
 
@@ -134,7 +136,7 @@ class Quotas:
                 after which to call again.
         """
         now = self._clock()
-        usage = self._usages.setdefault(caller.name, _Usage())
+        usage = self._usage_of(caller)
         requests = usage.allowance("requests", caller.requests_per_second, now=now, least_burst=1.0)
         tokens = usage.allowance("tokens", caller.tokens_per_second, now=now, least_burst=0.0)
         self._check_places(caller, usage)
@@ -145,14 +147,20 @@ class Quotas:
         if requests is not None:
             requests.take(1.0, now)
         self._move(usage, 1)
-        charged = self._tokens.labels(self._labels.of(caller.name))
 
         def charge(count: int) -> None:
-            charged.inc(count)
+            usage.charged.inc(count)
             if tokens is not None:
                 tokens.take(count, self._clock())
 
         return Place(charge, lambda: self._move(usage, -1))
+
+    def _usage_of(self, caller: Caller) -> _Usage:
+        usage = self._usages.get(caller.name)
+        if usage is None:
+            charged = self._tokens.labels(self._labels.of(caller.name))
+            usage = self._usages[caller.name] = _Usage(charged)
+        return usage
 
     def _move(self, usage: _Usage, calls: int) -> None:
         self.in_flight += calls

@@ -64,6 +64,10 @@ class Room:
             return Shortage("queue_full", total, self._limit, total + count - self._limit)
         return None
 
+    def held(self, lane: str) -> int:
+        """Return how many places of a lane are held."""
+        return self._totals[lane]
+
     def take(self, caller: Caller, count: int) -> None:
         """Give places to a caller; `shortage` says whether there are any."""
         self._held[caller.lane][caller.name] += count
