@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tether.errors import InvalidArgumentError
 from tether_services.reward.engine import ScoreTask
@@ -69,16 +69,13 @@ class ItemReader:
         check_text(item.prompt, field="prompt", max_chars=self.max_text_chars)
         check_text(item.response, field="response", max_chars=self.max_text_chars)
         check_messages(item.messages, field="messages", max_chars=self.max_text_chars)
-        task, truncated = ScoreTask(), False
-        if self.reads_text:
-            prompt, response = self._as_text(item)
-            task = replace(task, prompt=prompt, response=response)
-        if self.reads_tokens:
-            prompt_ids, response_ids = self._as_token_ids(item)
-            self._check_ids(prompt_ids, response_ids, form=form, vocab_size=self.vocab_size)
-            kept, truncated = cut_prompt(prompt_ids, response_ids, max_model_len=self.max_model_len, field=form)
-            task = replace(task, prompt_token_ids=kept, response_token_ids=tuple(response_ids))
-        return PreparedItem(task, truncated)
+        prompt, response = self._as_text(item) if self.reads_text else ("", "")
+        if not self.reads_tokens:
+            return PreparedItem(ScoreTask(prompt, response), truncated=False)
+        prompt_ids, response_ids = self._as_token_ids(item)
+        self._check_ids(prompt_ids, response_ids, form=form, vocab_size=self.vocab_size)
+        kept, truncated = cut_prompt(prompt_ids, response_ids, max_model_len=self.max_model_len, field=form)
+        return PreparedItem(ScoreTask(prompt, response, kept, tuple(response_ids)), truncated)
 
     def _as_text(self, item: ScoreInput) -> tuple[str, str]:
         """Return (prompt, response); earlier turns of a conversation become `role: content` lines."""
@@ -134,7 +131,7 @@ def cut_prompt(
             reason="TOO_LONG",
         )
     cut = max(0, len(prompt_token_ids) - room)
-    return tuple(prompt_token_ids[cut:]), cut > 0
+    return tuple(prompt_token_ids[cut:] if cut else prompt_token_ids), cut > 0
 
 
 def check_form(item: ScoreInput) -> str:
