@@ -11,7 +11,7 @@ from tests.rpc.reward_model_serving import fake_model, serve_rewards
 from tests.rpc.serving import run
 from tether.reward import ScoreItem
 from tether_services.reward.engines.fake import fake_score
-from tether_services.reward.scoring import MAX_IDS_AT_ONCE
+from tether_services.reward.scoring import MAX_IDS_AT_ONCE, MAX_ITEMS_AT_ONCE
 from tether_services.runtime.text import ByteCodec
 
 IDS = (5, 6, 7)
@@ -31,10 +31,20 @@ def ids(count: int) -> list[ScoreItem]:
         ([ScoreItem(prompt_token_ids=IDS, response_token_ids=IDS)], True),
         (ids(MAX_IDS_AT_ONCE), True),
         (ids(MAX_IDS_AT_ONCE + 1), False),
+        (ids(1) * MAX_ITEMS_AT_ONCE, True),
+        (ids(1) * (MAX_ITEMS_AT_ONCE + 1), False),
         ([TEXT], False),
         ([*ids(3), TEXT], False),
     ],
-    ids=["few ids", "as many ids as may be", "one more", "text", "ids and text"],
+    ids=[
+        "few ids",
+        "as many ids as may be",
+        "one id more",
+        "as many items as may be",
+        "one item more",
+        "text",
+        "ids and text",
+    ],
 )
 def test_only_calls_of_few_token_ids_are_read_without_the_thread_for_text(
     items: list[ScoreItem], answered: bool

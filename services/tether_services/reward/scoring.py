@@ -26,8 +26,10 @@ __all__ = ["Judged", "Scorer"]
 ResultT = TypeVar("ResultT")
 TURN_CREDIT_ITEMS: Final = 64
 """Items, times its weight, that are read ahead for a caller that has used less than its fair share lately."""
-MAX_IDS_AT_ONCE: Final = 4096
-"""Token ids that are read right away, in less time than a turn of the thread takes; there is nothing to tokenise."""
+MAX_IDS_AT_ONCE: Final = 2048
+"""Token ids of a call that are read right away, which takes no longer than a turn of the thread."""
+MAX_ITEMS_AT_ONCE: Final = 16
+"""Items of such a call."""
 Inputs = Sequence[ScoreInput | Refusal]
 Outcome = Judgement | Refusal
 Prepared = PreparedItem | Refusal
@@ -102,7 +104,7 @@ class Scorer:
         identity = identify_model(held.model) if caches else b""
         reader = held.model.reader
         with self.batcher.reserve(num_items) as place:  # a call without room is not read
-            if num_ids is not None and num_ids <= MAX_IDS_AT_ONCE and not reader.reads_text:
+            if reads_at_once(reader, num_items, num_ids):
                 inputs, prepared = read_and_prepare(reader, read, identity)
             else:
                 async with self._text_turn(num_items):
@@ -184,6 +186,12 @@ class Scorer:
             else:
                 ours = isinstance(outcome.error, InternalError)
                 (self._metrics.failed if ours else self._metrics.refused).inc()
+
+
+def reads_at_once(reader: ItemReader, num_items: int, num_ids: int | None) -> bool:
+    """Return whether items are so few token ids that the event loop may read them; text is tokenised in a thread."""
+    few = num_ids is not None and num_ids <= MAX_IDS_AT_ONCE and num_items <= MAX_ITEMS_AT_ONCE
+    return few and not reader.reads_text
 
 
 def read_and_prepare(reader: ItemReader, read: Callable[[], Inputs], identity: bytes) -> tuple[Inputs, list[Prepared]]:
