@@ -33,15 +33,17 @@ def ids(count: int) -> list[ScoreItem]:
         (ids(MAX_IDS_AT_ONCE + 1), False),
         ([TEXT], False),
         ([*ids(3), TEXT], False),
+        ([ScoreItem(response_token_ids=IDS)] * 1024, False),
+        ([ScoreItem()] * 1024, False),
     ],
-    ids=["few ids", "as many ids as may be", "one more", "text", "ids and text"],
+    ids=["few ids", "as many ids as may be", "one more", "text", "ids and text", "many items", "many empty items"],
 )
 def test_only_calls_of_few_token_ids_are_read_without_the_thread_for_text(
     items: list[ScoreItem], answered: bool
 ) -> None:
     async def scenario() -> None:
         free = threading.Event()
-        async with serve_rewards(models=[fake_model("m", "1")]) as rewards:
+        async with serve_rewards(models=[fake_model("m", "1")], max_items=1024) as rewards:
             held = asyncio.create_task(rewards.service._scorer.in_text_thread(free.wait, 20))
             call = asyncio.create_task(rewards.reward.score(items))
             try:
@@ -56,7 +58,7 @@ def test_only_calls_of_few_token_ids_are_read_without_the_thread_for_text(
                 free.set()
             assert await held
             scores = (await call).scores
-            assert len(scores) == len(items) and all(score.error is None for score in scores)
+            assert [score.error is None for score in scores] == [item != ScoreItem() for item in items]
 
     run(scenario())
 
