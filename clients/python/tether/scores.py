@@ -109,7 +109,7 @@ def item_message(item: ScoreItem, index: int) -> reward_pb2.ScoreItem:
         return reward_pb2.ScoreItem(
             prompt=item.prompt,
             response=item.response,
-            messages=chat_messages(item.messages, field=f"items[{index}].messages") if item.messages else (),
+            messages=chat_messages(item.messages, field=f"items[{index}].messages"),
             prompt_token_ids=item.prompt_token_ids,
             response_token_ids=item.response_token_ids,
         )

@@ -8,8 +8,10 @@ import sys
 from typing import Final
 
 LIBRARY_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-ALLOCATOR_VARIABLES: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
-"""How users tell glibc's allocator themselves."""
+ALLOCATOR_VARIABLES: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+"""How users tell glibc's allocator themselves what to keep."""
+ALLOCATOR_TUNABLES: Final = "glibc.malloc."
+"""The same within GLIBC_TUNABLES."""
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 """Names of mallopt(3), from malloc.h."""
@@ -32,8 +34,14 @@ def prepare_process(threads: int) -> None:
     """Give this process its budget; a wait policy and an allocator that the user has set stay."""
     chosen = {name: os.environ[name] for name in ("OMP_WAIT_POLICY",) if name in os.environ}
     os.environ.update(thread_environment(threads) | chosen)
-    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+    if not has_allocator_settings():
         keep_freed_memory()
+
+
+def has_allocator_settings() -> bool:
+    """Return whether the user has told the allocator what to keep."""
+    tuned = ALLOCATOR_TUNABLES in os.environ.get("GLIBC_TUNABLES", "")
+    return tuned or any(name in os.environ for name in ALLOCATOR_VARIABLES)
 
 
 def keep_freed_memory() -> bool:
@@ -47,7 +55,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):
         return False
     values = {M_MMAP_THRESHOLD: BLOCK_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES}
     return all(library.mallopt(name, value) == 1 for name, value in values.items())

@@ -15,8 +15,9 @@ from tether.reward import RewardClient
 PER_SECOND: Final = 50.0
 RULE_SECONDS: Final = 0.015
 """Of each score, so that calls are in flight whenever a replica is told to end."""
-SETTLED_SECONDS: Final = 0.7
-"""From a replica that serves again to the next one: it is used again by then."""
+SETTLED_SECONDS: Final = 1.5
+"""From a replica that serves again to the next one: it is used again by then. A client tries to connect again after
+1.2 s at the latest, its longest pause and a fifth."""
 HOSTS: Final = ("127.0.0.1", "127.0.0.1")
 
 
@@ -74,6 +75,6 @@ SCENARIOS = [
         control="the drain",
         caught_as=frozenset({"I2"}),
         seconds=120,
-        usual_seconds=35,
+        usual_seconds=45,
     )
 ]

@@ -5,6 +5,7 @@ It is the generator's fake engine at policy version 0: with both, the KL of a ru
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from tether_services.reference.config import ReferenceSettings
@@ -48,6 +49,7 @@ class FakeReferenceEngine:
 
     async def compute_logprobs(self, tasks: Sequence[LogprobTask]) -> list[TaskLogprobs]:
         """Return the oracle's answers."""
+        await asyncio.sleep(0)  # real engines compute in a thread: between batches the event loop has a turn
         return [_answer(task) for task in tasks]
 
     async def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ class FakeRewardEngine:
         """Return the oracle's answers; raise after `close`, as real engines do."""
         if self._is_closed:
             raise RuntimeError("the engine is closed")
+        await asyncio.sleep(0)  # real engines compute in a thread: between batches the event loop has a turn
         return [fake_score(task.prompt_token_ids, task.response_token_ids, salt=self._salt) for task in tasks]
 
     async def check(self) -> None:
