@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily
@@ -41,8 +44,25 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def start_metrics_server(address: str, registry: CollectorRegistry) -> int:
-    """Serve /metrics on host:port from a thread and return the port in use.
+@dataclass(frozen=True, slots=True)
+class MetricsServer:
+    """Serves /metrics from a thread."""
+
+    port: int
+    """Number in use."""
+    _server: WSGIServer
+
+    def stop(self) -> None:
+        """Have the thread end and the port given back, within half a second; nobody needs to wait for that."""
+        threading.Thread(target=self._end, name="metrics-end", daemon=True).start()
+
+    def _end(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def start_metrics_server(address: str, registry: CollectorRegistry) -> MetricsServer:
+    """Serve /metrics on host:port from a thread until it is stopped.
 
     Raises:
         InvalidArgumentError: The address is taken or not one of this machine.
@@ -52,7 +72,7 @@ def start_metrics_server(address: str, registry: CollectorRegistry) -> int:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise InvalidArgumentError(f"Cannot listen on {address}: {error.strerror}.", field="metrics_address") from error
-    return int(server.server_port)
+    return MetricsServer(int(server.server_port), server)
 
 
 def watch_tasks(service: str, registry: CollectorRegistry) -> None:

@@ -25,7 +25,13 @@ from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
 from tether_services.runtime.logging import log_event, setup_logging
-from tether_services.runtime.metrics import RequestMetrics, new_registry, start_metrics_server, watch_tasks
+from tether_services.runtime.metrics import (
+    MetricsServer,
+    RequestMetrics,
+    new_registry,
+    start_metrics_server,
+    watch_tasks,
+)
 from tether_services.runtime.pipeline import Pipeline
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings
 from tether_services.runtime.thread_clock import ThreadClock
@@ -170,6 +176,7 @@ class ServiceRunner:
         self._registry = registry
         self._servers: list[grpc.aio.Server] = []
         self._http: HttpPort | None = None
+        self._metrics: MetricsServer | None = None
         self._stop = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._file_watch: asyncio.Task[None] | None = None
@@ -185,6 +192,8 @@ class ServiceRunner:
         """Port number in use for HTTP; None where it is not served."""
         self.health_port: int | None = None
         """Port number of `health_address`; None without one."""
+        self.metrics_port: int | None = None
+        """Port number of the metrics, once there is one."""
 
     async def run(self) -> int:
         """Serve until a signal arrives; return 0, or 1 if the engine could not start."""
@@ -233,9 +242,10 @@ class ServiceRunner:
             self.http_port = await self._listen_http(self._service.ports()[0], pipeline, access)
         if self._settings.health_address:
             self.health_port = await self._listen_for_health()
-        metrics_port = start_metrics_server(self._settings.metrics_address, self._registry)
+        self._metrics = start_metrics_server(self._settings.metrics_address, self._registry)
+        self.metrics_port = self._metrics.port
         watch_tasks(self._service.name, self._registry)
-        others = {"http_port": self.http_port, "health_port": self.health_port, "metrics_port": metrics_port}
+        others = {"http_port": self.http_port, "health_port": self.health_port, "metrics_port": self.metrics_port}
         ports = {"ports": self.bound_ports, **others}
         log_event(log, "listening", level=logging.INFO, **ports, **describe_security(self._settings))
         self._file_watch = asyncio.create_task(access.watch_files())
@@ -349,4 +359,6 @@ class ServiceRunner:
         grace = self._settings.drain_seconds
         await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()
+        if self._metrics is not None:
+            self._metrics.stop()
         log_event(log, "stopped")
