@@ -9,11 +9,11 @@ import signal
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import tomli_w
 
@@ -47,7 +47,7 @@ async def run_killed(trial: Trial) -> Outcome:
         await client.start_run(PARTS, run_toml(world.folder, steps=steps, extra=KEEP_ALL))
         await killer.kill_all(draw_points(trial.random))
         parts = await world.wait_for_end(client, PARTS, seconds=2 * ATTEMPT_SECONDS)
-        figures = {**killer.killed, "steps": steps, "most tries of a push": killer.most_tries}
+        figures = {**killer.killed, "steps": steps, "most tries of a push": killer.tries.most}
         return judge(world, (whole, parts), figures, killer.find_failures())
 
 
@@ -69,48 +69,24 @@ class Killer:
     plan_file: Path
     random: Random
     killed: Counter[str] = field(default_factory=Counter)
-    hits: Counter[int] = field(default_factory=Counter)
-    """Kills in the push of each version."""
 
     @property
-    def most_tries(self) -> int:
-        """Return how often a generator was begun to be sent a version at most until it was active.
-
-        One whose store is gone with it is sent the same version again later: that is another push.
-        """
-        lines = [line for line in read_history(self.world.recorder.path) if line.get("run") == PARTS]
-        begun, most = Counter[int](), 0
-        for line in sorted(lines, key=lambda line: line.get("t", 0.0)):
-            if line["kind"] == "pushing":
-                begun[line["policy_version"]] += 1
-                most = max(most, begun[line["policy_version"]])
-            elif line["kind"] == "activated":
-                begun[line["policy_version"]] = 0
-        return most
+    def tries(self) -> Tries:
+        """Return the tries of every push of the run until now, as the generators counted them."""
+        return count_tries(line for line in read_history(self.world.recorder.path) if line.get("run") == PARTS)
 
     async def kill_all(self, entries: list[str]) -> None:
         """Let one generator after the other be killed, until the run ends."""
         left = list(entries)
         entry = left.pop(0)
         while await (self._await_point() if entry else self._kill_at_random()):
-            hit = await self._note(entry)
+            await self._note(entry)
             stored = len(left) > TEMPORARY
             if not left:
                 self._start("", stored=stored)
                 return
-            entry = self._draw(left, hit)
+            entry = draw_next(left, self.tries.current)
             self._start(entry, stored=stored)
-
-    def _draw(self, left: list[str], version: int) -> str:
-        """Take the next entry; after two kills in the push of a version one that lets it come to its end."""
-        if self.hits[version] < MOST_TRIES - 1:
-            return left.pop(0)
-        if "" in left:
-            left.remove("")  # a random moment is waited for until another step is committed
-            return ""
-        point, _, occurrence = left.pop(0).partition("@")
-        later = int(occurrence.removesuffix("=kill")) + OCCURRENCES.get(point, 2)
-        return f"{point}@{later}=kill"
 
     def _start(self, entry: str, *, stored: bool) -> None:
         """Start the generator that the entry kills, with a folder of adapters that stays or one that does not."""
@@ -142,28 +118,62 @@ class Killer:
             await asyncio.sleep(0.02)
         raise AssertionError(f"the run stands still: {run}\n{self.world.processes['generator'].log_tail()}")
 
-    async def _note(self, entry: str) -> int:
-        """Count a kill and the push that it met, and return the version that was committed last."""
+    async def _note(self, entry: str) -> None:
+        """Count a kill and what it met: with a new store also a version that was pushed before is pushed again."""
         run = await self.client.get_run(PARTS)
-        version = run.committed_step_count
+        met_push = self.tries.current > 0 or not is_pushed(run)
         self.killed["killed at a point" if entry else "killed at random"] += 1
-        self.killed["met by a rollout" if is_pushed(run) else "met by a push"] += 1
-        if not is_pushed(run):
-            self.hits[version] += 1
-        return version
+        self.killed["met by a push" if met_push else "met by a rollout"] += 1
 
     def find_failures(self) -> list[str]:
         """Return what was expected and is not so."""
         met = self.killed["killed at a point"] + self.killed["killed at random"]
         failures = [] if met == KILLS else [f"{met} of {KILLS} kills were possible"]
-        if not 0 < self.most_tries <= MOST_TRIES:
-            failures.append(f"a push took {self.most_tries} tries")
+        if not 0 < self.tries.most <= MOST_TRIES:
+            failures.append(f"a push took {self.tries.most} tries")
         lines = list(read_history(self.world.recorder.path))
         met = sum(line["kind"] == "fault" and line["role"] == "generator" for line in lines)
         if met != self.killed["killed at a point"]:
             failures.append(f"{met} generators killed themselves, {self.killed['killed at a point']} were counted")
         attempts = sum(line["kind"] == "attempt" and line["run"] == PARTS for line in lines)
         return failures if attempts == 1 else [*failures, f"the run took {attempts} attempts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often a generator was begun to be sent a version."""
+
+    most: int
+    """Until it was active, of any version."""
+    current: int
+    """Of a version that is not active yet; 0 if there is none."""
+
+
+def count_tries(lines: Iterable[Mapping[str, Any]]) -> Tries:
+    """Return the tries in the history of one run.
+
+    A version whose store is gone with its generator is sent again later: that is another push.
+    """
+    begun, most = Counter[int](), 0
+    for line in sorted(lines, key=lambda line: line.get("t", 0.0)):
+        if line["kind"] == "pushing":
+            begun[line["policy_version"]] += 1
+            most = max(most, begun[line["policy_version"]])
+        elif line["kind"] == "activated":
+            begun = Counter({version: count for version, count in begun.items() if version > line["policy_version"]})
+    return Tries(most, max(begun.values(), default=0))
+
+
+def draw_next(left: list[str], tries: int) -> str:
+    """Take the next entry; after two kills in one push an entry that lets this push come to its end."""
+    if tries < MOST_TRIES - 1:
+        return left.pop(0)
+    if "" in left:
+        left.remove("")  # a random moment is waited for until another step is committed
+        return ""
+    point, _, occurrence = left.pop(0).partition("@")
+    later = int(occurrence.removesuffix("=kill")) + OCCURRENCES.get(point, 2)
+    return f"{point}@{later}=kill"
 
 
 def is_pushed(run: Run) -> bool:
