@@ -30,6 +30,7 @@ from tether_services.reference.service import ReferenceService
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 from tether_services.runtime.scopes import METHOD_SCOPES, SCOPES
+from tether_services.runtime.settings import LISTENING
 
 STATES: Final = ("no token", "wrong", "expired", "revoked", "right")
 REFUSALS: Final = {
@@ -80,6 +81,7 @@ async def all_services(folder: Path, **security: Any) -> AsyncIterator[list[Meth
         ):
             served = await stack.enter_async_context(serving(settings, build))
             for port, number in zip(served.service.ports(), served.runner.bound_ports, strict=True):
+                assert port.setting in LISTENING  # the addresses that are refused without protection
                 ports |= dict.fromkeys(port.service_names, number)
         channels = {
             name: await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{number}"))

@@ -84,6 +84,7 @@ def with_large(scenario: Callable[[int], Awaitable[None]], limits: ConnectionLim
         (HEAD.encode() + b"content-length: -5\r\n\r\n", 400),
         (HEAD.encode() + b"content-length: 2\r\ncontent-length: 7\r\n\r\n{}", 400),
         (HEAD.encode() + b"content-length: 2\r\ntransfer-encoding: gzip\r\n\r\n{}", 400),
+        (HEAD.encode() + b"content-length: 12\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 400),
         (HEAD.encode() + b"bad header\r\n\r\n", 400),
         (HEAD.encode() + b"a\x00b: c\r\n\r\n", 400),
         (HEAD.encode() + b"a: " + b"b" * 20_000 + b"\r\n\r\n", 431),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from tests.rpc.scripted_world import world
 from tests.rpc.serving import run
-from tether.errors import (
-    InvalidArgumentError,
-)
+from tether.errors import InvalidArgumentError
 from tether.orchestrator import Run, StepEvent
+from tether.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 
 def test_watching_brings_each_step_once_and_ends_with_the_run(tmp_path: Path) -> None:
@@ -95,5 +96,25 @@ def test_a_step_is_shown_to_watchers_once_its_push_is_recorded_or_the_run_has_en
             await w.client.cancel_run("unpushed-1")
             await watching
             assert [event.step for event in seen if isinstance(event, StepEvent)] == [0]
+
+    run(scenario())
+
+
+def test_a_watcher_does_not_keep_the_orchestrator_from_stopping_and_is_told_to_watch_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, drain_seconds=30, cancel_seconds=0.5, lease_seconds=1) as w:
+            await w.started("unpushed-1")
+            channel = grpc.aio.insecure_channel(w.served.target)
+            stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            watch = stub.WatchRun(orchestrator_pb2.WatchRunRequest(run_id="unpushed-1"), timeout=60)
+            await watch.read()
+            started = time.monotonic()
+            await w.served.runner.close()
+            assert time.monotonic() - started < 15
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                while await watch.read() is not grpc.aio.EOF:
+                    pass
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE and "watch again" in str(ended.value.details())
+            await channel.close()
 
     run(scenario())

@@ -25,8 +25,7 @@ from tether_services.local.deployment import LocalOptions, _choose_addresses, se
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 from tether_services.runtime import access, probe
-from tether_services.runtime.access import describe_security, lacking_protections
-from tether_services.runtime.auth import check_bind_address
+from tether_services.runtime.access import describe_security
 from tether_services.runtime.server import shows_reflection
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings, validate
 
@@ -42,24 +41,34 @@ def test_another_address_than_loopback_needs_both_authentication_and_transport_s
     tls = service_files(tmp_path).settings(client_root=authority().root)
     plain = {key: path for key, path in tls.items() if key != "client_ca_file"}
     tokens = str(tmp_path / "tokens.toml")
-    for given, lacking in (
-        (settings(), ("authentication", "transport security")),
-        (settings(tokens_file=tokens), ("transport security",)),
-        (settings(tls=plain), ("authentication",)),
-        (settings(tls=plain, tokens_file=tokens), ()),
-        (settings(tls=tls, identities=[IDENTITY]), ()),
-    ):
-        assert lacking_protections(given) == lacking
+    protections: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+        ({}, ("authentication", "transport security")),
+        ({"tokens_file": tokens}, ("transport security",)),
+        ({"tls": plain}, ("authentication",)),
+        ({"tls": plain, "tokens_file": tokens}, ()),
+        ({"tls": tls, "identities": [IDENTITY]}, ()),
+    )
+    for given, lacking in protections:
+        everywhere = settings(**given, address=EVERYWHERE)
+        assert everywhere.lacking_protections == lacking
         if not lacking:
-            check_bind_address(EVERYWHERE, insecure=False, field="address", lacking=lacking)
+            everywhere.check_addresses()
             continue
         with pytest.raises(InvalidArgumentError, match=" and no ".join(lacking)) as caught:
-            check_bind_address(EVERYWHERE, insecure=False, field="address", lacking=lacking)
+            everywhere.check_addresses()
         assert caught.value.reason == "INSECURE_ADDRESS"
-        check_bind_address(EVERYWHERE, insecure=True, field="address", lacking=lacking)
+        settings(**given, address=EVERYWHERE, insecure=True).check_addresses()
 
 
-@pytest.mark.parametrize("name", ["address", "metrics_address"])
+@pytest.mark.parametrize("name", ["address", "metrics_address", "http_address", "health_address"])
+def test_a_malformed_address_is_refused_whatever_the_protection(name: str) -> None:
+    for malformed in ("nowhere", "127.0.0.1:99999"):
+        with pytest.raises(InvalidArgumentError) as caught:
+            settings(insecure=True, **{name: malformed}).check_addresses()
+        assert caught.value.violations[0].field == name
+
+
+@pytest.mark.parametrize("name", ["address", "metrics_address", "http_address"])
 def test_a_service_without_protection_does_not_start_where_others_can_reach_it(name: str) -> None:
     async def scenario() -> None:
         async with serving_runs(**{name: EVERYWHERE}):
@@ -121,8 +130,9 @@ def test_a_token_and_an_identity_of_one_name_must_agree_on_its_limits(tmp_path: 
         run(scenario())
 
 
-def test_the_command_ends_with_the_status_of_a_bad_configuration() -> None:
-    words = [sys.executable, "-m", "tether_services", "serve", "reward", "--set", "engine=fake"]
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["start", "dry run"])
+def test_the_command_ends_with_the_status_of_a_bad_configuration(more: tuple[str, ...]) -> None:
+    words = [sys.executable, "-m", "tether_services", "serve", "reward", *more, "--set", "engine=fake"]
     done = subprocess.run([*words, "--set", f"address={EVERYWHERE}"], capture_output=True, text=True, timeout=60)
     assert done.returncode == CONFIG_ERROR_EXIT_CODE
     assert "no authentication and no transport security" in done.stderr and "docs/security.md" in done.stderr

@@ -13,8 +13,7 @@ from tether_services.generator.config import GeneratorSettings
 from tether_services.orchestrator.config import OrchestratorSettings
 from tether_services.reference.config import ReferenceSettings
 from tether_services.reward.config import RewardSettings
-from tether_services.runtime.access import lacking_protections
-from tether_services.runtime.auth import check_bind_address, split_address
+from tether_services.runtime.auth import split_address
 from tether_services.runtime.settings import ServerSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +47,9 @@ def test_the_settings_of_a_container_are_valid_and_its_ports_are_published_on_lo
 @pytest.mark.parametrize("service", SETTINGS)
 def test_the_addresses_of_a_container_do_not_stop_its_start(service: str) -> None:
     settings = settings_of(service)
-    lacking = lacking_protections(settings)
-    for field in ("address", "metrics_address", "http_address", "admin_address"):
-        address = getattr(settings, field, "")
-        if address:
-            check_bind_address(address, insecure=settings.insecure, field=field, lacking=lacking)
+    settings.check_addresses()
     with pytest.raises(InvalidArgumentError, match="INSECURE_ADDRESS"):
-        check_bind_address(settings.address, insecure=False, field="address", lacking=lacking)
+        settings.model_copy(update={"insecure": False}).check_addresses()
 
 
 @pytest.mark.parametrize("service", SETTINGS)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import CollectorRegistry
 
-from tether.errors import InvalidArgumentError, NotFoundError
+from tether.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from tether.v1 import orchestrator_pb2 as pb
 from tether.v1 import orchestrator_pb2_grpc
 from tether_services.orchestrator.config import OrchestratorSettings, RunConfig
@@ -55,6 +56,7 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self._engine = engine or ProcessEngine(settings)
         self._metrics = OrchestratorMetrics(registry)
         self._starting = asyncio.Lock()
+        self._stopping = asyncio.Event()
         self._lock: IO[bytes] | None = None
         self._opened: Ledger | None = None
         self._supervisor: Supervisor | None = None
@@ -88,6 +90,10 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def check(self) -> None:
         """Read the ledger."""
         await asyncio.to_thread(self._ledger.active_run)
+
+    def end_streams(self) -> None:
+        """Send watchers away: another orchestrator will tell them more."""
+        self._stopping.set()
 
     async def close(self) -> None:
         """End the workers; their runs are FAILED and can be resumed."""
@@ -208,7 +214,12 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if run.state in FINAL_STATES:
                 yield pb.WatchRunResponse(run=await self._message(run))
                 return
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._wait_for_news()
+
+    async def _wait_for_news(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), timeout=_POLL_SECONDS)
+            raise UnavailableError("The service is stopping; watch again.", reason="DRAINING")
 
     async def _find_next(self, run: RunRecord, next_step: int, *, known: int) -> int:
         """Return the step that a watcher needs next, who knows of so many rollbacks."""

@@ -11,7 +11,6 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Gauge
 
 from tether.errors import InvalidArgumentError, PermissionDeniedError, TetherError, UnauthenticatedError
-from tether_services.runtime.auth import PROTECTIONS
 from tether_services.runtime.bearer_tokens import TokenVerifier, read_tokens, utc_now
 from tether_services.runtime.callers import ANONYMOUS, Caller
 from tether_services.runtime.limits import COMMON_NAME, CallInfo
@@ -54,7 +53,7 @@ class Access:
         Raises:
             InvalidArgumentError: A file cannot be used.
         """
-        self._open = not is_authenticated(settings)
+        self._open = not settings.is_authenticated
         self._identities = settings.identities
         self._now = now
         labels = CallerLabels()
@@ -158,17 +157,6 @@ def check_callers(callers: Sequence[CallerSettings]) -> None:
         check_one_caller_per_name(callers, field="identities and tokens")
     except ValueError as error:
         raise InvalidArgumentError(f"{error}.", field="tokens_file", reason="INVALID_CONFIG") from error
-
-
-def is_authenticated(settings: ServerSettings) -> bool:
-    """Return whether callers must prove who they are."""
-    return settings.tokens_file is not None or bool(settings.identities)
-
-
-def lacking_protections(settings: ServerSettings) -> tuple[str, ...]:
-    """Return which of PROTECTIONS a service does not have."""
-    has = (is_authenticated(settings), settings.tls is not None)
-    return tuple(name for name, there in zip(PROTECTIONS, has, strict=True) if not there)
 
 
 def describe_security(settings: ServerSettings) -> dict[str, object]:

@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from tether.errors import InvalidArgumentError
-from tether_services.runtime.access import Access, describe_security, lacking_protections
-from tether_services.runtime.auth import check_bind_address, is_loopback
+from tether_services.runtime.access import Access, describe_security
+from tether_services.runtime.auth import is_loopback
 from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
@@ -86,6 +86,15 @@ class Parted(Protocol):
 
     def on_part(self, report: Callable[[str, bool], None]) -> None:
         """Have the report called, on the event loop, whenever a part may have come or gone."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """What has streams that go on for as long as their readers like."""
+
+    def end_streams(self) -> None:
+        """End them, those that begin later too: a server does not stop before its last call has ended."""
         ...
 
 
@@ -228,7 +237,8 @@ class ServiceRunner:
         Raises:
             InvalidArgumentError: An address is refused or taken, or a file of credentials cannot be used.
         """
-        self._check_address(self._settings.metrics_address, field="metrics_address")
+        self._settings.check_addresses()
+        self._warn_of_open_ports()
         access = Access(self._settings, self._service.name, self._registry)
         metrics = RequestMetrics(self._service.name, self._service.methods(), self._registry)
         guards: list[Guard] = [
@@ -276,7 +286,6 @@ class ServiceRunner:
         task.add_done_callback(self._tasks.discard)
 
     async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
-        self._check_address(port.address, field=port.setting)
         server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
@@ -293,7 +302,6 @@ class ServiceRunner:
     async def _begin_serving(
         self, server: grpc.aio.Server, address: str, *, field: str, certificates: ServerCertificates | None = None
     ) -> int:
-        is_loopback(address, field=field)  # refuses a malformed one
         try:
             if certificates is None:
                 number = server.add_insecure_port(address)
@@ -313,7 +321,6 @@ class ServiceRunner:
         from tether_services.runtime.http.serving import ConnectionLimits
 
         settings = self._settings
-        self._check_address(settings.http_address, field="http_address")
         options = HttpOptions(
             pipeline,
             default_seconds=min(settings.http_timeout_seconds, settings.max_deadline_seconds),
@@ -331,19 +338,13 @@ class ServiceRunner:
         given = server_options(port.max_message_bytes, self._settings.max_metadata_bytes)
         return list((dict(given) | age).items())
 
-    def _check_address(self, address: str, *, field: str) -> None:
-        lacking = lacking_protections(self._settings)
-        insecure = self._settings.insecure
-        check_bind_address(address, insecure=insecure, field=field, lacking=lacking)
-        if lacking and not is_loopback(address, field=field):
-            log_event(
-                log,
-                "INSECURE: other machines can reach this address",
-                level=logging.WARNING,
-                setting=field,
-                address=address,
-                lacking=lacking,
-            )
+    def _warn_of_open_ports(self) -> None:
+        lacking = self._settings.lacking_protections
+        for name, address in self._settings.listening_addresses().items():
+            if lacking and not is_loopback(address, field=name):
+                about = {"setting": name, "address": address, "lacking": lacking}
+                message = "INSECURE: other machines can reach this address"
+                log_event(log, message, level=logging.WARNING, **about)
 
     async def close(self) -> None:
         """Drain: not ready, then no new calls, those in flight finish within `drain_seconds`, then the engine stops."""
@@ -356,6 +357,8 @@ class ServiceRunner:
             if watch is not None:
                 watch.cancel()
         self.health.end_watches()
+        if isinstance(self._service, Streaming):
+            self._service.end_streams()
         grace = self._settings.drain_seconds
         await asyncio.gather(*(server.stop(grace) for server in (*self._servers, self._http) if server is not None))
         await self._service.close()

@@ -14,17 +14,21 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tether.errors import FieldViolation, InvalidArgumentError
+from tether_services.runtime.auth import PROTECTIONS, check_bind_address, is_loopback
 from tether_services.runtime.callers import OWN_NAMES, Caller, Lane
 from tether_services.runtime.checks import NAME_PATTERN
 from tether_services.runtime.scopes import SCOPES
 
 CONFIG_ERROR_EXIT_CODE = 42
 """Exit status for a bad configuration: a supervisor must not restart such a process."""
+
+LISTENING: Final = ("address", "admin_address", "http_address", "metrics_address")
+"""Settings of ports that only a protected service may open to other machines, where a service has them."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -166,6 +170,32 @@ class ServerSettings(Settings):
         check_one_caller_per_name(self.identities, field="identities")
         return self
 
+    @property
+    def is_authenticated(self) -> bool:
+        """Return whether callers must prove who they are."""
+        return self.tokens_file is not None or bool(self.identities)
+
+    @property
+    def lacking_protections(self) -> tuple[str, ...]:
+        """Return which of PROTECTIONS the service does not have."""
+        has = (self.is_authenticated, self.tls is not None)
+        return tuple(name for name, there in zip(PROTECTIONS, has, strict=True) if not there)
+
+    def listening_addresses(self) -> dict[str, str]:
+        """Return the addresses of LISTENING that are set, by the names of their settings."""
+        return {name: address for name in LISTENING if (address := getattr(self, name, ""))}
+
+    def check_addresses(self) -> None:
+        """Refuse an address that is malformed, or that other machines can reach without protection.
+
+        Raises:
+            InvalidArgumentError: Names the setting.
+        """
+        for name, address in self.listening_addresses().items():
+            check_bind_address(address, insecure=self.insecure, field=name, lacking=self.lacking_protections)
+        if self.health_address:  # tells nothing that needs protection, and probes have no credentials
+            is_loopback(self.health_address, field="health_address")
+
 
 def check_one_caller_per_name(callers: Sequence[CallerSettings], *, field: str) -> None:
     """Refuse two entries of one name whose limits differ: which of them would hold could not be told."""
@@ -305,6 +335,8 @@ def settings_from_arguments(model: type[SettingsT], known: argparse.Namespace, *
     """Return the settings of parsed arguments; see `parse_arguments` for --dry-run and errors."""
     try:
         settings = load_settings(model, env_prefix=env_prefix, config=known.config, overrides=known.overrides)
+        if isinstance(settings, ServerSettings):
+            settings.check_addresses()
     except InvalidArgumentError as error:
         exit_with_config_error(error)
     if known.dry_run:

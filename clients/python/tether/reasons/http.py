@@ -32,8 +32,8 @@ HTTP_PORT: Final = Group(
         _bad("TOO_MANY_VALUES", "The body has more values than are read at a time.", "Send fewer items per call."),
         _bad(
             "MALFORMED_REQUEST",
-            "The bytes are not a request of HTTP/1.1.",
-            "Speak HTTP/1.1, or TLS if the port has it.",
+            "The bytes are not a request of HTTP/1.1, or it says the length of its body in two ways.",
+            "Speak HTTP/1.1, or TLS if the port has it; give content-length or transfer-encoding, not both.",
         ),
         _bad(
             "UNSUPPORTED_MEDIA_TYPE",

@@ -250,8 +250,14 @@ def _check_head(scope: MutableMapping[str, Any], *, max_bytes: int) -> None:
         error = InvalidArgumentError(message, field="headers", reason="HEADERS_TOO_LARGE")
         raise Refused(431, error, headers=[CLOSE])
     if scope["http_version"] not in HTTP_VERSIONS:
-        message = "The version of HTTP must be 1.1 or 1.0."
-        raise Refused(400, InvalidArgumentError(message, reason="MALFORMED_REQUEST"), headers=[CLOSE])
+        raise _malformed("The version of HTTP must be 1.1 or 1.0.")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _value in scope["headers"]}:
+        # A proxy in front that goes by the other one would see two requests where the server sees one.
+        raise _malformed("Give content-length or transfer-encoding, not both.")
+
+
+def _malformed(message: str) -> Refused:
+    return Refused(400, InvalidArgumentError(message, reason="MALFORMED_REQUEST"), headers=[CLOSE])
 
 
 def _check_headers(headers: Mapping[str, str]) -> None:
