@@ -150,7 +150,7 @@ async def real_generator(folder: Path) -> AsyncIterator[tuple[Served, Any]]:
     async with serving(settings, lambda registry: GeneratorService(settings, registry)) as served:
         assert isinstance(served.service, GeneratorService)
         engine: Any = served.service.engine
-        yield served, engine._thread
+        yield served, engine._thread._executor
 
 
 @asynccontextmanager
@@ -160,7 +160,7 @@ async def real_reference(folder: Path) -> AsyncIterator[tuple[Served, Any]]:
     async with serving(settings, lambda registry: ReferenceService(settings, registry)) as served:
         assert isinstance(served.service, ReferenceService)
         engine: Any = served.service._ready_engine()
-        yield served, engine._thread
+        yield served, engine._thread._executor
 
 
 @pytest.mark.parametrize("real", [real_generator, real_reference])
@@ -219,7 +219,7 @@ async def fake_reward() -> AsyncIterator[tuple[Served, list[ThreadPoolExecutor]]
     )
     async with serving(settings, lambda registry: RewardService(settings, registry)) as served:
         assert isinstance(served.service, RewardService)
-        yield served, [served.service._scorer._text_thread]
+        yield served, [served.service._scorer._text_thread._executor]
 
 
 @asynccontextmanager

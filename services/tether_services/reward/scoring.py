@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -19,7 +17,7 @@ from tether_services.reward.pool import HeldModel
 from tether_services.runtime.batching import Batcher, Place
 from tether_services.runtime.callers import charge_tokens
 from tether_services.runtime.fair_gate import FairGate
-from tether_services.runtime.thread_clock import ThreadClock
+from tether_services.runtime.work_thread import WorkThread
 
 __all__ = ["Judged", "Scorer"]
 
@@ -54,9 +52,8 @@ class Scorer:
         self.cache = ScoreCache(settings.cache, metrics.cache)
         self.batcher = Batcher[Queued, Outcome](self._run_batch, settings.batch, metrics.queue)
         # One thread: the tokenizers of some models must not be used by two at a time.
-        self._text_clock = ThreadClock()
         self._text_turns = FairGate(1, training_share=settings.batch.training_share, credit_tokens=TURN_CREDIT_ITEMS)
-        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="reward-text", initializer=self._text_clock.attach)
+        self._text_thread = WorkThread("reward-text")
 
     def start(self) -> None:
         """Begin to execute batches."""
@@ -64,7 +61,7 @@ class Scorer:
 
     async def check(self) -> None:
         """Have the thread that reads text and the batcher take a turn."""
-        await self._text_clock.wait_for_life(self.in_text_thread(int))
+        await self._text_thread.wait_for_life(self.in_text_thread(int))
         await self.batcher.probe()
 
     async def stop(self) -> None:
@@ -73,11 +70,11 @@ class Scorer:
 
     def close(self) -> None:
         """Let the thread end."""
-        self._text_thread.shutdown(wait=False, cancel_futures=True)
+        self._text_thread.abandon()
 
     async def in_text_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
         """Return what a function gives that reads text, called in the thread for that."""
-        return await asyncio.get_running_loop().run_in_executor(self._text_thread, function, *arguments)
+        return await self._text_thread.run(function, *arguments)
 
     async def judge(
         self,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -29,9 +27,8 @@ from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.model_folder import pick_device
 from tether_services.runtime.pretrained import load_pretrained
 from tether_services.runtime.text import HfCodec
-from tether_services.runtime.thread_clock import ThreadClock
+from tether_services.runtime.work_thread import WorkThread
 
-ResultT = TypeVar("ResultT")
 CHECK_TOKEN_IDS = (0, 0)
 
 
@@ -46,8 +43,7 @@ class TransformersEngine:
 
     def __init__(self, settings: GeneratorSettings, queue: QueueMetrics) -> None:
         self._settings = settings
-        self._clock = ThreadClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers", initializer=self._clock.attach)
+        self._thread = WorkThread("transformers")
         self._batcher: Batcher[tuple[Row, LoadedAdapter | None], EngineCompletion] = Batcher(
             self._run_batch, settings.batch, queue
         )
@@ -57,7 +53,7 @@ class TransformersEngine:
 
     async def start(self) -> None:
         """Load tokenizer and weights."""
-        await self._in_thread(self._load)
+        await self._thread.run(self._load)
         self._batcher.start()
 
     async def generate(self, call: GenerateCall) -> list[EngineCompletion]:
@@ -83,15 +79,15 @@ class TransformersEngine:
         self, sequences: Sequence[Sequence[int]], adapter: LoadedAdapter | None
     ) -> list[list[float]]:
         """Return the log-probabilities of tokens 1.. of each sequence, all in one turn between two batches."""
-        return await self._in_thread(lambda: [self._score(list(ids), adapter) for ids in sequences])
+        return await self._thread.run(lambda: [self._score(list(ids), adapter) for ids in sequences])
 
     async def load_adapter(self, adapter: LoadedAdapter) -> None:
         """Read the adapter's weights."""
-        await self._in_thread(lambda: self._load_adapter(adapter))
+        await self._thread.run(self._load_adapter, adapter)
 
     async def unload_adapter(self, adapter: LoadedAdapter) -> None:
         """Drop the adapter's weights."""
-        await self._in_thread(lambda: self._unload_adapter(adapter))
+        await self._thread.run(self._unload_adapter, adapter)
 
     def on_failure(self, report: Callable[[BaseException], None]) -> None:
         """Report the death of the batcher."""
@@ -100,21 +96,18 @@ class TransformersEngine:
     async def check(self) -> None:
         """Have the batcher take a turn, then run a tiny forward pass, or see that decoding moves on."""
         await self._batcher.probe()
-        await self._clock.wait_for_life(self.compute_logprobs([CHECK_TOKEN_IDS], None))
+        await self._thread.wait_for_life(self.compute_logprobs([CHECK_TOKEN_IDS], None))
 
     async def close(self) -> None:
         """Finish the running batch and drop the model."""
         await self._batcher.close()
-        await asyncio.to_thread(self._thread.shutdown)
+        await self._thread.close()
         self._model = self._peft = None
-
-    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _run_batch(self, items: Sequence[tuple[Row, LoadedAdapter | None]]) -> list[EngineCompletion]:
         adapter = items[0][1]
         rows = [row for row, _ in items]
-        return await self._in_thread(lambda: self._decode(rows, adapter))
+        return await self._thread.run(self._decode, rows, adapter)
 
     def _load(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -143,7 +136,7 @@ class TransformersEngine:
 
     def _decode(self, rows: Sequence[Row], adapter: LoadedAdapter | None) -> list[EngineCompletion]:
         self._switch_to(adapter)
-        return decode_batch(self._decoding, rows, self._clock.tick)
+        return decode_batch(self._decoding, rows, self._thread.tick)
 
     @torch.inference_mode()
     def _score(self, token_ids: list[int], adapter: LoadedAdapter | None) -> list[float]:

@@ -12,7 +12,6 @@ import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -39,6 +38,7 @@ from tether_services.runtime.callers import current_caller
 from tether_services.runtime.fair_gate import FairGate
 from tether_services.runtime.metrics import QueueMetrics
 from tether_services.runtime.text import HfCodec
+from tether_services.runtime.work_thread import WorkThread
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for max_lora_rank."""
@@ -73,7 +73,7 @@ class VllmEngine:
         batch = settings.batch
         self._gate = FairGate(batch.max_items, training_share=batch.training_share, credit_tokens=batch.credit_tokens)
         # One thread for the life of the engine: the child process is told to die with the thread that started it.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
+        self._thread = WorkThread("vllm")
         self._numbers = itertools.count()
         self._num_open = 0
         """Requests that the engine has not answered yet."""
@@ -84,7 +84,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Start the engine process; takes 20 to 45 seconds on a small CPU."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+        await self._thread.run(self._load)
         if self._base is not None:
             await self.load_adapter(self._base)
 
@@ -155,7 +155,7 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             stop = functools.partial(llm.shutdown, timeout=SHUTDOWN_SECONDS)
-            await asyncio.get_running_loop().run_in_executor(self._thread, stop)
+            await self._thread.run(stop)
             resources = getattr(llm.engine_core, "resources", None)
             if resources is not None:  # vLLM leaves its sockets' context to the garbage collector, which complains
                 resources.ctx.destroy(linger=0)
@@ -164,7 +164,7 @@ class VllmEngine:
             await asyncio.to_thread(guard.stop)
         if self._base is not None:
             await asyncio.to_thread(shutil.rmtree, self._base.folder, ignore_errors=True)
-        await asyncio.to_thread(self._thread.shutdown)
+        await self._thread.close()
 
     def _load(self) -> None:
         for name, value in ENVIRONMENT.items():

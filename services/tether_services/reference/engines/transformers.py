@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from tether_services.reference.config import ReferenceSettings
 from tether_services.reference.engine import EngineDescription, LogprobTask, TaskLogprobs
 from tether_services.runtime.content_hash import hash_model_folder
 from tether_services.runtime.model_folder import find_model_folder, pick_device
-from tether_services.runtime.padding import PaddedBatch, padded_batches, serving_padding
+from tether_services.runtime.padding import PaddedBatch, padded_batches
+from tether_services.runtime.passes import run_passes
 from tether_services.runtime.pretrained import load_pretrained
-from tether_services.runtime.thread_clock import ThreadClock
-
-ResultT = TypeVar("ResultT")
+from tether_services.runtime.work_thread import WorkThread
 
 HEAD_TOLERANCE = 1e-3
 """Relative; far above rounding and far below any change that a model makes to its logits on purpose."""
@@ -35,8 +33,7 @@ class TransformersReferenceEngine:
 
     def __init__(self, settings: ReferenceSettings) -> None:
         self._settings = settings
-        self._clock = ThreadClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reference-engine", initializer=self._clock.attach)
+        self._thread = WorkThread("reference-engine")
         self._model: Any = None
         self._device = "cpu"
         self._description: EngineDescription | None = None
@@ -49,34 +46,23 @@ class TransformersReferenceEngine:
 
     async def start(self) -> None:
         """Load the model in the engine's thread and compare its two ways to a logit."""
-        self._description = await self._in_thread(self._load)
+        self._description = await self._thread.run(self._load)
 
     async def compute_logprobs(self, tasks: Sequence[LogprobTask]) -> list[TaskLogprobs]:
         """Return the evaluations in order; each forward pass is one job of the thread, so that `check` fits between."""
         rows = [[*task.prompt_token_ids, *task.response_token_ids[:-1]] for task in tasks]
-        answers: dict[int, TaskLogprobs] = {}
-        batches = padded_batches(
-            rows,
-            max_tokens=self._settings.forward_tokens,
-            max_padding=serving_padding(self._device),
-            device=self._device,
-        )
-        for batch in batches:
-            part = [tasks[index] for index in batch.indices]
-            answers.update(zip(batch.indices, await self._in_thread(self._evaluate, batch, part), strict=True))
-        return [answers[index] for index in range(len(tasks))]
+        limit = self._settings.forward_tokens
+        evaluate = partial(self._evaluate, tasks)
+        return await run_passes(self._thread, evaluate, rows, max_tokens=limit, device=self._device)
 
     async def check(self) -> None:
         """Evaluate one token, or see the thread compute."""
-        await self._clock.wait_for_life(self.compute_logprobs([LogprobTask((0,), (0,), 1.0, False)]))
+        await self._thread.wait_for_life(self.compute_logprobs([LogprobTask((0,), (0,), 1.0, False)]))
 
     async def close(self) -> None:
         """Let the pass in progress end and drop the model."""
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        await self._thread.close()
         self._model = None
-
-    async def _in_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _load(self) -> EngineDescription:
         settings = self._settings
@@ -102,7 +88,8 @@ class TransformersReferenceEngine:
         )
 
     @torch.inference_mode()
-    def _evaluate(self, batch: PaddedBatch, tasks: Sequence[LogprobTask]) -> list[TaskLogprobs]:
+    def _evaluate(self, given: Sequence[LogprobTask], batch: PaddedBatch) -> list[TaskLogprobs]:
+        tasks = [given[index] for index in batch.indices]
         lengths = [len(task.response_token_ids) for task in tasks]
         targets = torch.tensor([t for task in tasks for t in task.response_token_ids], device=self._device)
         states = _body(self._model, batch).flatten(0, 1)[_response_states(batch, tasks).to(self._device)]

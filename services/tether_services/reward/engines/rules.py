@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib
 import inspect
@@ -11,13 +10,13 @@ import logging
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from tether.errors import InternalError, InvalidArgumentError, TetherError
 from tether_services.reward.engine import EngineDescription, ScoreTask
 from tether_services.runtime.logging import log_event
+from tether_services.runtime.work_thread import WorkThread
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class RulesEngine:
         self._rule_seconds = rule_seconds
         self._call_started: float | None = None
         """When the call in progress began; None while there is none."""
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-rules")
+        self._thread = WorkThread("reward-rules")
         self.description = EngineDescription(
             engine="rules",
             sha256=hash_rule(rule, arguments, field=field),
@@ -67,7 +66,7 @@ class RulesEngine:
     async def _score_one(self, task: ScoreTask) -> float | TetherError:
         self._call_started = time.monotonic()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, task)
+            return await self._thread.run(self._call, task)
         finally:
             self._call_started = None
 
@@ -76,11 +75,11 @@ class RulesEngine:
         started = self._call_started
         if started is not None and time.monotonic() - started < self._rule_seconds:
             return
-        await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+        await self._thread.run(int)
 
     async def close(self) -> None:
         """Let no further call begin."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.abandon()
 
     def _call(self, task: ScoreTask) -> float | TetherError:
         try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -23,13 +21,12 @@ from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import EngineDescription, ScoreTask
 from tether_services.runtime.content_hash import hash_file, hash_model_folder
 from tether_services.runtime.model_folder import Quantization, find_model_folder, pick_device
-from tether_services.runtime.padding import PaddedBatch, padded_batches, serving_padding
+from tether_services.runtime.padding import PaddedBatch, padded_batches
+from tether_services.runtime.passes import run_passes
 from tether_services.runtime.pretrained import allow_adapters_of_embeddings, load_pretrained
 from tether_services.runtime.settings import Settings, validate
 from tether_services.runtime.text import HfCodec
-from tether_services.runtime.thread_clock import ThreadClock
-
-ResultT = TypeVar("ResultT")
+from tether_services.runtime.work_thread import WorkThread
 
 SCALE_FILE = "tether_reward.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -88,8 +85,7 @@ class TransformersRewardEngine:
         self._path = path
         self._field = field
         self._settings = settings
-        self._clock = ThreadClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-engine", initializer=self._clock.attach)
+        self._thread = WorkThread("reward-engine")
         self._body: Any = None
         self._head: Any = None
         self._device = "cpu"
@@ -103,33 +99,22 @@ class TransformersRewardEngine:
 
     async def start(self) -> None:
         """Load the model in the engine's thread and check that padding does not reach its scores."""
-        self._description = await self._in_thread(self._load)
+        self._description = await self._thread.run(self._load)
 
     async def score(self, tasks: Sequence[ScoreTask]) -> list[float | TetherError]:
         """Return the raw scores; each forward pass is one job of the thread, so that `check` fits between."""
         rows = [(*task.prompt_token_ids, *task.response_token_ids) for task in tasks]
-        scores: dict[int, float | TetherError] = {}
-        batches = padded_batches(
-            rows,
-            max_tokens=self._settings.forward_tokens,
-            max_padding=serving_padding(self._device),
-            device=self._device,
-        )
-        for batch in batches:
-            scores.update(zip(batch.indices, await self._in_thread(self._forward, batch), strict=True))
-        return [scores[index] for index in range(len(tasks))]
+        limit = self._settings.forward_tokens
+        return [*await run_passes(self._thread, self._forward, rows, max_tokens=limit, device=self._device)]
 
     async def check(self) -> None:
         """Score one token, or see the thread compute."""
-        await self._clock.wait_for_life(self.score([ScoreTask(response_token_ids=(0,))]))
+        await self._thread.wait_for_life(self.score([ScoreTask(response_token_ids=(0,))]))
 
     async def close(self) -> None:
         """Let the pass in progress end and drop the model."""
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        await self._thread.close()
         self._body = self._head = None
-
-    async def _in_thread(self, function: Callable[..., ResultT], *arguments: object) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _load(self) -> EngineDescription:
         found = find_reward_folder(self._path, field=self._field)
