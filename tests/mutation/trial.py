@@ -25,7 +25,11 @@ from tests.mutation.table import ROOT, SOURCES, Edit, mutate, read_source
 PACKAGE = "tether_services.ppo"
 TESTS = ROOT / "tests" / "unit"
 # The public vectors are left out: they are not beside every checkout, and the outcome shall not depend on that.
-_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=short", "--capture=sys", "-k", "not test_vector_")
+_CHOICE = ("-x", "-q", "--tb=short", "--capture=sys", "-k", "not test_vector_")
+# What costs more than the tests and tells nothing about a formula: collecting garbage in search of exceptions that
+# nobody saw, and rewriting asserts for messages that nobody reads.
+_UNNEEDED = ("cacheprovider", "unraisableexception", "threadexception", "xdist", "anyio")
+_OPTIONS = (*_CHOICE, "--assert=plain", *(word for name in _UNNEEDED for word in ("-p", f"no:{name}")))
 
 
 @dataclass(frozen=True, slots=True)
