@@ -6,7 +6,7 @@ ENGINE ?= transformers
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 # Of test: processes at a time, whole files each, in the order of the folders (the longest files come first).
-TEST_JOBS ?= 2
+TEST_JOBS ?= 3
 PYTEST_FLAGS ?=
 RELIABILITY_FLAGS ?=
 SOAK_FLAGS ?=
@@ -29,7 +29,7 @@ demo: install ## PPO on a small story model, end to end, with a report
 up: install ## the four services on this machine, until Ctrl-C
 	$(BIN)/tether up --engine $(ENGINE)
 
-test: install ## all tests in two processes, real vLLM included where it is installed
+test: install ## all tests in three processes, real vLLM included where it is installed
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 reliability: install ## kills, full disks, lost answers and flipped bits against real services, in minutes

@@ -76,16 +76,16 @@ async def run_jobs(
 
     Args:
         jobs: All of them are run, whatever the others do.
-        at_once: Processes at a time.
+        at_once: Processes at a time, and one more of the light ones.
         command: Runs the suite with the seed and the form.
         limit: The seconds after which a job has ended by itself.
         keep: Keeps the histories of a job, by its name, that left no result.
     """
-    slots = asyncio.Semaphore(at_once)
+    places = {False: asyncio.Semaphore(at_once), True: asyncio.Semaphore(1)}
     found: dict[Job, Result] = {}
 
     async def run(job: Job) -> None:
-        async with slots:
+        async with places[job.scenario.light]:
             found[job] = await _run_job(job, command, limit(job) + GRACE_SECONDS, keep)
 
     with _loaded_libraries() if len(jobs) >= MANY else nullcontext():

@@ -66,6 +66,8 @@ class Scenario:
     """What the short form takes; longer ones are started first."""
     long_seconds: float = 1800.0
     """Time limit of the long form."""
+    light: bool = False
+    """Waits much and computes little: runs beside as many others as run at a time."""
     alone: bool = False
     """Judges latencies: nothing else is run beside it."""
     needs_mounts: bool = False

@@ -162,10 +162,10 @@ from tests.reliability.jobs import Job, order_jobs
 from tests.reliability.scenario import Outcome, Scenario
 
 async def meet(trial):
-    # Passes only if the other one is under way at the same time.
+    # Passes only if the others are under way at the same time.
     (Path(FOLDER) / f"came-{os.getpid()}").touch()
     print("one line", flush=True)
-    while len(list(Path(FOLDER).glob("came-*"))) < 2:
+    while len(list(Path(FOLDER).glob("came-*"))) < MEETING:
         await asyncio.sleep(0.01)
     print("and its other", flush=True)
     return Outcome(Verdict(), {"drew": trial.random.random()})
@@ -180,12 +180,17 @@ async def die(trial):
     os.kill(os.getpid(), 9)
 
 FOLDER = sys.argv.pop(1)
+MEETING = 3 if (Path(FOLDER) / "with-light").exists() else 2
 runner.KEPT = Path(FOLDER) / "kept"
 runner.COMMAND = (sys.executable, "-c", Path(FOLDER, "program").read_text(), FOLDER)
 runner.all_scenarios = lambda: [Scenario("A", "", meet), Scenario("B", "", meet), Scenario("C", "", die)]
 if (Path(FOLDER) / "with-d").exists():
     runner.all_scenarios = lambda: [
         Scenario("D", "", be_alone, usual_seconds=99.0, alone=True), Scenario("A", "", meet), Scenario("B", "", meet)
+    ]
+if MEETING == 3:
+    runner.all_scenarios = lambda: [
+        Scenario("A", "", meet), Scenario("B", "", meet), Scenario("L", "", meet, light=True, usual_seconds=99.0)
     ]
 raise SystemExit(runner.main())
 """
@@ -209,6 +214,12 @@ def test_several_scenarios_run_at_the_same_time_with_their_own_chance_and_whole_
     assert alone.returncode == 0, alone.stdout + alone.stderr
     [drew] = [line.partition("drew")[2] for line in alone.stdout.splitlines() if line.startswith("PASS B")]
     assert f"drew{drew}" in done.stdout
+
+
+def test_a_light_scenario_takes_no_place_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "with-light").touch()
+    done = run_program(tmp_path, "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_scenario_that_judges_latencies_has_the_machine_for_itself(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ SCENARIOS = [
         caught_as=frozenset({"I9"}),
         seconds=400,
         usual_seconds=185,
+        light=True,
         long_seconds=4000,
     )
 ]
