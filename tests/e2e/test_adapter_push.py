@@ -53,7 +53,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def push(addresses: dict[str, str], folder: Path, *options: str) -> int:
-    return main(["adapter", "push", str(folder), "--generator", addresses["admin_address"], *options])
+    return main(["adapter", "push", str(folder), "--address", addresses["admin_address"], *options])
 
 
 def stored(addresses: dict[str, str], run_id: str) -> list[Adapter]:
@@ -97,7 +97,7 @@ def continued(model: torch.nn.Module) -> list[int]:
 def test_a_pushed_adapter_is_served_as_the_libraries_compute_it(generator: dict[str, str], adapter: Path) -> None:
     command = [sys.executable, "-m", "tether_services", "adapter", "push", str(adapter)]
     done = subprocess.run(
-        [*command, "--generator", generator["admin_address"]], capture_output=True, text=True, timeout=200, check=False
+        [*command, "--address", generator["admin_address"]], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1\n"
@@ -173,7 +173,7 @@ def test_an_adapter_that_changes_nothing_yet_can_be_pushed(generator: dict[str, 
 def test_a_generator_that_is_not_there_is_named_before_a_model_is_loaded(adapter: Path) -> None:
     (port,) = free_ports(1)
     with pytest.raises(UnavailableError, match=str(port)):
-        main_without_report(["adapter", "push", str(adapter), "--generator", f"127.0.0.1:{port}", "--base", "/nowhere"])
+        main_without_report(["adapter", "push", str(adapter), "--address", f"127.0.0.1:{port}", "--base", "/nowhere"])
 
 
 def main_without_report(arguments: list[str]) -> int:
@@ -191,7 +191,7 @@ def test_a_base_of_another_shape_is_refused_here(generator: dict[str, str], adap
         "adapter",
         "push",
         str(adapter),
-        "--generator",
+        "--address",
         generator["admin_address"],
         "--base",
         str(tiny),

@@ -55,7 +55,7 @@ async def orchestrating(**states: str) -> AsyncIterator[str]:
 
 async def command(serving: Serving, *words: str, orchestrator: str = NOBODY) -> int:
     """Carry out a command in a thread, as it has an event loop of its own."""
-    options = ["--generator", serving.admin_target]
+    options = ["--address", serving.admin_target]
     options += ["--orchestrator", orchestrator] if words[0] != "list" else []
     known: argparse.Namespace = build_parser().parse_args(["adapter", *words, *options])
     status: int = await asyncio.to_thread(known.run, known)

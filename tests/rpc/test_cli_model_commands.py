@@ -41,7 +41,7 @@ def tether(tmp_path: Path) -> Iterator[Tether]:
     thread.start()
     try:
         assert started.wait(20)
-        yield lambda action, *words: main(["model", action, *words, "--reward", addresses[0], "--timeout", "20"])
+        yield lambda action, *words: main(["model", action, *words, "--address", addresses[0], "--timeout", "20"])
     finally:
         stop.set()
         thread.join()
@@ -116,7 +116,7 @@ def test_the_control_port_of_a_secured_service_is_reached_with_credentials(
     with in_thread(lambda: secured_service(tmp_path)) as target:
 
         def listing(*words: str) -> int:
-            return main(["model", "list", "--reward", target, "--timeout", "10", *words])
+            return main(["model", "list", "--address", target, "--timeout", "10", *words])
 
         trusted = ("--ca-file", str(tmp_path / "ca.pem"))
         assert listing(*trusted, "--token-file", str(tmp_path / "operator.token")) == 0

@@ -206,8 +206,8 @@ def test_a_stage_asks_a_reference_service_with_the_credentials_of_the_environmen
         ["run", "list", "--address"],
         ["run", "get", "a", "--address"],
         ["run", "show", "a", "--address"],
-        ["adapter", "list", "--generator"],
-        ["adapter", "activate", "b", "2", "--orchestrator", "{target}", "--generator"],
+        ["adapter", "list", "--address"],
+        ["adapter", "activate", "b", "2", "--orchestrator", "{target}", "--address"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

@@ -116,5 +116,5 @@ def test_help_says_what_is_pushed_proven_and_activated(capsys: pytest.CaptureFix
         main(["adapter", "push", "--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("FOLDER", "--generator", "--base", "--run-id", "--policy-version", "--no-activate", "proves it"):
+    for part in ("FOLDER", "--address", "--base", "--run-id", "--policy-version", "--no-activate", "proves it"):
         assert part in shown

@@ -24,7 +24,7 @@ from tether_services.cli.adapter_lifecycle import (
     roll_back,
     switch,
 )
-from tether_services.cli.connection import add_credentials, credential_options
+from tether_services.cli.connection import add_connection, credential_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,14 +141,9 @@ def _add_export(actions: Commands) -> None:
 
 
 def _add_generator(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--generator",
-        default="127.0.0.1:50061",
-        metavar="HOST:PORT",
-        help="adapter port of the generator, its admin_address (127.0.0.1:50061)",
+    add_connection(
+        parser, "127.0.0.1:50061", of="adapter port of the generator, its admin_address", timeout_seconds=600.0
     )
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
-    add_credentials(parser)
 
 
 def _add_take(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +212,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 async def _push(known: argparse.Namespace, config: Mapping[str, Any]) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
+    async with AdapterClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
         await check_untrained(known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         if known.activate and active.run_id != known.run_id:

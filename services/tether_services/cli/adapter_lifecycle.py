@@ -49,7 +49,7 @@ def list_stored(known: argparse.Namespace) -> int:
 
 
 async def _read(known: argparse.Namespace) -> tuple[ActiveAdapter, tuple[Adapter, ...]]:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
+    async with AdapterClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         return await client.get_active_adapter(), await client.list_adapters()
 
 
@@ -79,7 +79,7 @@ def activate(known: argparse.Namespace) -> int:
 
 
 async def _activate(known: argparse.Namespace) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
+    async with AdapterClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
         await check_owner(active, known.run_id, take=known.take, orchestrator=orchestrator_of(known))
         await switch(client, known.run_id, known.policy_version, active=active, epoch=known.epoch)
@@ -97,7 +97,7 @@ def roll_back(known: argparse.Namespace) -> int:
 
 
 async def _roll_back(known: argparse.Namespace) -> int:
-    async with AdapterClient(known.generator, timeout_seconds=known.timeout, **credential_options(known)) as client:
+    async with AdapterClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         active = await client.get_active_adapter()
         if active.run_id != known.run_id:
             message = f"run {known.run_id} is not what is served; {describe_active(active)} is"

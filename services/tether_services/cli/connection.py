@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tether.credentials import TLS_VARIABLES, CredentialOptions, TlsFiles
 
-__all__ = ["Endpoint", "add_credentials", "credential_options"]
+__all__ = ["Endpoint", "add_connection", "add_credentials", "credential_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,21 @@ class _RefuseToken(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
         parser.error("a token is no argument, as other users could read it: use --token-file or TETHER_TOKEN")
+
+
+def add_connection(parser: argparse.ArgumentParser, address: str, *, of: str, timeout_seconds: float = 120.0) -> None:
+    """Add the options of a command that calls one service.
+
+    Args:
+        parser: Of the command.
+        address: Where the service is, unless the command says otherwise.
+        of: Which address is meant, for --help.
+        timeout_seconds: Deadline of a call, unless the command says otherwise.
+    """
+    parser.add_argument("--address", default=address, metavar="HOST:PORT", help=f"of the {of} ({address})")
+    text = f"deadline of a call ({timeout_seconds:g})"
+    parser.add_argument("--timeout", type=float, default=timeout_seconds, metavar="SECONDS", help=text)
+    add_credentials(parser)
 
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import tether
 from tether.errors import InvalidArgumentError, TetherError
 from tether_services.cli.adapter_commands import add_adapter
 from tether_services.cli.bench_commands import add_bench
-from tether_services.cli.connection import add_credentials
+from tether_services.cli.connection import add_connection
 from tether_services.cli.data_commands import add_data
 from tether_services.cli.error_commands import add_errors
 from tether_services.cli.model_commands import add_model
@@ -159,7 +159,7 @@ def _add_run(commands: Commands) -> None:
         inner = actions.add_parser(action, help=text, description=f"{text.capitalize()}.")
         if action != "list":
             inner.add_argument("run_id", metavar="RUN_ID")
-        _add_address(inner, "127.0.0.1:50054", "orchestrator")
+        add_connection(inner, "127.0.0.1:50054", of="orchestrator")
         inner.set_defaults(run=_run, action=action)
         if action in ("start", "resume"):
             inner.add_argument("--watch", action="store_true", help="show its progress until it has ended")
@@ -196,7 +196,7 @@ def _add_score(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_score_arguments(parser)
-    _add_address(parser, "127.0.0.1:50052", "reward service")
+    add_connection(parser, "127.0.0.1:50052", of="reward service")
     parser.set_defaults(run=_score)
 
 
@@ -213,14 +213,8 @@ def _add_generate(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="makes a repeat give the same text")
     parser.add_argument("--policy-version", type=int, metavar="N", help="the active one otherwise")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    _add_address(parser, "127.0.0.1:50051", "generator")
+    add_connection(parser, "127.0.0.1:50051", of="generator")
     parser.set_defaults(run=_generate)
-
-
-def _add_address(parser: argparse.ArgumentParser, default: str, service: str) -> None:
-    parser.add_argument("--address", default=default, metavar="HOST:PORT", help=f"of the {service} ({default})")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="deadline of a call (120)")
-    add_credentials(parser)
 
 
 def _serve(known: argparse.Namespace) -> int:

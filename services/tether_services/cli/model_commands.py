@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from tether.errors import InvalidArgumentError
 from tether.reward_models import LoadedRewardModel, LoadedRewardModels, RewardModelClient, RewardModelShadow
-from tether_services.cli.connection import add_credentials, credential_options
+from tether_services.cli.connection import add_connection, credential_options
 
 __all__ = ["add_model"]
 
@@ -48,14 +48,7 @@ def _add(actions: Commands, name: str, text: str, act: Act, *, model: str = "") 
     inner = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     if model:
         inner.add_argument("model", metavar="NAME@VERSION", help=model)
-    inner.add_argument(
-        "--reward",
-        default=ADDRESS,
-        metavar="HOST:PORT",
-        help=f"admin port of the reward service, its admin_address ({ADDRESS})",
-    )
-    inner.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a call (600)")
-    add_credentials(inner)
+    add_connection(inner, ADDRESS, of="admin port of the reward service, its admin_address", timeout_seconds=600.0)
     inner.set_defaults(run=_run, act=act)
     return inner
 
@@ -76,7 +69,7 @@ def _run(known: argparse.Namespace) -> int:
 
 async def _act(known: argparse.Namespace) -> int:
     act: Act = known.act
-    async with RewardModelClient(known.reward, timeout_seconds=known.timeout, **credential_options(known)) as client:
+    async with RewardModelClient(known.address, timeout_seconds=known.timeout, **credential_options(known)) as client:
         await act(client, known)
     return 0
 
