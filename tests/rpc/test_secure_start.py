@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from tests.rpc.serving import LOCAL, run, serving
 from tests.rpc.token_inputs import add_token, bearing, revoke_all
 from tether.errors import InvalidArgumentError
 from tether.v1 import reward_pb2, reward_pb2_grpc
+from tether_services.generator.config import GeneratorSettings
 from tether_services.local.deployment import LocalOptions, _choose_addresses, service_settings
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.service import RewardService
 from tether_services.runtime import access, probe
 from tether_services.runtime.access import describe_security
-from tether_services.runtime.server import shows_reflection
+from tether_services.runtime.server import Port, shows_reflection
 from tether_services.runtime.settings import CONFIG_ERROR_EXIT_CODE, ServerSettings, validate
 
 EVERYWHERE = "0.0.0.0:0"
@@ -62,10 +64,36 @@ def test_another_address_than_loopback_needs_both_authentication_and_transport_s
 
 @pytest.mark.parametrize("name", ["address", "metrics_address", "http_address", "health_address"])
 def test_a_malformed_address_is_refused_whatever_the_protection(name: str) -> None:
-    for malformed in ("nowhere", "127.0.0.1:99999"):
+    unusable = {"address": [""], "metrics_address": ["", "unix:/tmp/x"], "http_address": ["unix:/tmp/x"]}
+    for malformed in ("nowhere", "127.0.0.1:99999", *unusable.get(name, [])):
         with pytest.raises(InvalidArgumentError) as caught:
             settings(insecure=True, **{name: malformed}).check_addresses()
         assert caught.value.violations[0].field == name
+
+
+def test_an_address_may_be_left_empty_where_that_is_its_default_and_nowhere_else() -> None:
+    reward = {**LOCAL, "engine": "fake"}
+    RewardSettings.model_validate({**reward, "admin_address": "", "http_address": ""}).check_addresses()
+    generator = GeneratorSettings.model_validate({**reward, "admin_address": ""})
+    with pytest.raises(InvalidArgumentError) as caught:
+        generator.check_addresses()
+    assert caught.value.violations[0].field == "admin_address"
+
+
+def test_a_port_is_checked_when_it_is_opened_whichever_setting_it_comes_from() -> None:
+    given = RewardSettings.model_validate({**LOCAL, "engine": "fake"})
+
+    class Elsewhere(RewardService):
+        def ports(self) -> list[Port]:
+            return [replace(port, setting="bulk_address", address=EVERYWHERE) for port in super().ports()]
+
+    async def scenario() -> None:
+        async with serving(given, lambda registry: Elsewhere(given, registry)):
+            raise AssertionError("it started")
+
+    with pytest.raises(InvalidArgumentError) as caught:
+        run(scenario())
+    assert (caught.value.reason, caught.value.violations[0].field) == ("INSECURE_ADDRESS", "bulk_address")
 
 
 @pytest.mark.parametrize("name", ["address", "metrics_address", "http_address"])

@@ -195,6 +195,8 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         next_step = request.first_step
         sent: tuple[RunState | None, int] = (None, known)
         while True:
+            if self._stopping.is_set():
+                raise UnavailableError("The service is stopping; watch again.", reason="DRAINING")
             # The state is read before the steps: once it is final, the steps that follow are all there are.
             run = await self._get(run.run_id)
             next_step = await self._find_next(run, next_step, known=sent[1])
@@ -219,7 +221,6 @@ class OrchestratorService(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     async def _wait_for_news(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), timeout=_POLL_SECONDS)
-            raise UnavailableError("The service is stopping; watch again.", reason="DRAINING")
 
     async def _find_next(self, run: RunRecord, next_step: int, *, known: int) -> int:
         """Return the step that a watcher needs next, who knows of so many rollbacks."""

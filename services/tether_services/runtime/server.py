@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from tether.errors import InvalidArgumentError
 from tether_services.runtime.access import Access, describe_security
-from tether_services.runtime.auth import is_loopback
+from tether_services.runtime.auth import check_bind_address, is_loopback
 from tether_services.runtime.health import Health
 from tether_services.runtime.interceptor import Chain
 from tether_services.runtime.limits import Guard, deadline_guard, readiness_guard
@@ -94,7 +94,10 @@ class Streaming(Protocol):
     """What has streams that go on for as long as their readers like."""
 
     def end_streams(self) -> None:
-        """End them, those that begin later too: a server does not stop before its last call has ended."""
+        """End them, those that begin later too: a server does not stop before its last call has ended.
+
+        One whose reader does not read is out of reach; it is cut off after `drain_seconds`.
+        """
         ...
 
 
@@ -286,10 +289,13 @@ class ServiceRunner:
         task.add_done_callback(self._tasks.discard)
 
     async def _listen(self, port: Port, chain: Chain, access: Access) -> int:
+        settings = self._settings  # checked once more: what is opened here, whichever setting it comes from
+        lacking = settings.lacking_protections
+        check_bind_address(port.address, insecure=settings.insecure, field=port.setting, lacking=lacking)
         server = grpc.aio.server(interceptors=[chain], options=self._options(port))
         port.register(server)
         await self.health.attach(server)
-        if shows_reflection(self._settings, port.address):
+        if shows_reflection(settings, port.address):
             reflection.enable_server_reflection([*port.service_names, reflection.SERVICE_NAME], server)
         return await self._begin_serving(server, port.address, field=port.setting, certificates=access.certificates)
 

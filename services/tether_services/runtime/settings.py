@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tether.errors import FieldViolation, InvalidArgumentError
-from tether_services.runtime.auth import PROTECTIONS, check_bind_address, is_loopback
+from tether_services.runtime.auth import PROTECTIONS, check_bind_address, is_loopback, split_address
 from tether_services.runtime.callers import OWN_NAMES, Caller, Lane
 from tether_services.runtime.checks import NAME_PATTERN
 from tether_services.runtime.scopes import SCOPES
@@ -29,6 +29,8 @@ CONFIG_ERROR_EXIT_CODE = 42
 
 LISTENING: Final = ("address", "admin_address", "http_address", "metrics_address")
 """Settings of ports that only a protected service may open to other machines, where a service has them."""
+WITH_PORT: Final = ("http_address", "metrics_address")
+"""Of these, those whose servers know no Unix sockets."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -182,8 +184,10 @@ class ServerSettings(Settings):
         return tuple(name for name, there in zip(PROTECTIONS, has, strict=True) if not there)
 
     def listening_addresses(self) -> dict[str, str]:
-        """Return the addresses of LISTENING that are set, by the names of their settings."""
-        return {name: address for name in LISTENING if (address := getattr(self, name, ""))}
+        """Return the addresses of LISTENING by the names of their settings, without those that may be left empty."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name in LISTENING}
+        found = {name: getattr(self, name) for name in defaults}
+        return {name: address for name, address in found.items() if address or defaults[name]}
 
     def check_addresses(self) -> None:
         """Refuse an address that is malformed, or that other machines can reach without protection.
@@ -193,6 +197,8 @@ class ServerSettings(Settings):
         """
         for name, address in self.listening_addresses().items():
             check_bind_address(address, insecure=self.insecure, field=name, lacking=self.lacking_protections)
+            if name in WITH_PORT:
+                split_address(address, field=name)
         if self.health_address:  # tells nothing that needs protection, and probes have no credentials
             is_loopback(self.health_address, field="health_address")
 
