@@ -63,7 +63,7 @@ def heal(role: str) -> None:
 def block_executors(role: str) -> None:
     """Give every thread of the executors a job that waits, as a deadlock would."""
     _healed.clear()
-    for executor in find(ThreadPoolExecutor):
+    for executor in find_executors():
         if executor._thread_name_prefix.startswith(EXECUTORS[role]):
             for _ in range(executor._max_workers):
                 executor.submit(_healed.wait)
@@ -79,13 +79,14 @@ def kill_batcher() -> None:
     from tether_services.runtime.batching import Batcher
 
     for batcher in find(Batcher):
-        task: asyncio.Task[None] = batcher._task
-        task.get_loop().call_soon_threadsafe(task.cancel)
+        task: asyncio.Task[None] | None = batcher._task
+        if task is not None and not task.get_loop().is_closed():
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
 
 def kill_engine_thread() -> None:
     """End the thread that decodes; its executor takes it for alive."""
-    for executor in find(ThreadPoolExecutor):
+    for executor in find_executors():
         if executor._thread_name_prefix == "transformers":
             for thread in executor._threads:
                 while thread.is_alive():  # a job takes the exception for its own
@@ -101,6 +102,11 @@ def lose_ledger_lock() -> None:
 
     for file in find(LedgerFile):
         file._read_lock.acquire()
+
+
+def find_executors() -> list[Any]:
+    """Return the executors that take jobs."""
+    return [executor for executor in find(ThreadPoolExecutor) if not executor._shutdown]
 
 
 def find(kind: type[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
@@ -20,6 +20,11 @@ from tests.rpc.serving import run
 from tether.errors import UnavailableError
 from tether_services.runtime.batching import Batcher, BatchSettings
 from tether_services.runtime.metrics import QueueMetrics, new_registry
+
+
+async def echo(items: Sequence[int]) -> list[int]:
+    """Answer each item with itself."""
+    return list(items)
 
 
 @pytest.fixture
@@ -43,13 +48,36 @@ def test_a_blocked_loop_blocks_its_thread_until_it_is_healed(word: Path) -> None
 
 def test_a_deadlocked_executor_takes_no_job_until_it_is_healed_and_others_do() -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="reward-text") as text, ThreadPoolExecutor(1) as other:
-        block_executors("reward")
-        waiting = text.submit(int)
-        with pytest.raises(FutureTimeoutError):
-            waiting.result(0.3)
-        assert other.submit(int).result(5) == 0
-        heal("reward")
+        try:
+            block_executors("reward")
+            waiting = text.submit(int)
+            with pytest.raises(FutureTimeoutError):
+                waiting.result(0.3)
+            assert other.submit(int).result(5) == 0
+        finally:
+            heal("reward")
         assert waiting.result(5) == 0
+
+
+def test_what_has_ended_and_is_still_in_memory_is_passed_over() -> None:
+    ended = ThreadPoolExecutor(1, thread_name_prefix="reward-text")
+    ended.shutdown()
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Batcher[int, int]:
+        metrics = QueueMetrics("breaking", new_registry(), queue_limit=8)
+        batcher = Batcher[int, int](echo, BatchSettings(), metrics)
+        batcher.start()
+        return batcher
+
+    batcher = loop.run_until_complete(begin())
+    loop.run_until_complete(batcher.close())
+    loop.close()
+    try:
+        block_executors("reward")
+        kill_batcher()
+    finally:
+        heal("reward")
 
 
 def test_a_dead_engine_thread_is_never_replaced() -> None:
@@ -62,12 +90,9 @@ def test_a_dead_engine_thread_is_never_replaced() -> None:
 
 
 def test_a_killed_batcher_answers_nobody() -> None:
-    async def answer(items: object) -> list[int]:
-        return [1]
-
     async def main() -> None:
         metrics = QueueMetrics("breaking", new_registry(), queue_limit=8)
-        batcher = Batcher[int, int](answer, BatchSettings(max_delay_seconds=0), metrics)
+        batcher = Batcher[int, int](echo, BatchSettings(max_delay_seconds=0), metrics)
         batcher.start()
         assert await batcher.submit_all([(1, 1)], timeout_seconds=5) == [1]
         kill_batcher()

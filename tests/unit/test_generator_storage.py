@@ -112,6 +112,9 @@ def test_weights_reach_the_disk_before_they_are_stored(tmp_path: Path, monkeypat
     done: list[str] = []
     fsync, rename = os.fsync, os.rename
     names = {path.stat().st_ino: path.name for path in [*staged.iterdir(), staged]}
+    opened_before = [
+        path.open("rb") for path in staged.iterdir()
+    ]  # so that no later file gets the inode of one of them
 
     def note_fsync(descriptor: int) -> None:
         done.append(f"fsync {names.get(os.fstat(descriptor).st_ino, 'other')}")
@@ -128,6 +131,8 @@ def test_weights_reach_the_disk_before_they_are_stored(tmp_path: Path, monkeypat
     assert done[1:] == [f"fsync {WEIGHTS_NAME}", "rename", "fsync one", "fsync other", "fsync other"]
     assert done[0].startswith("fsync ")
     storage.close()
+    for file in opened_before:
+        file.close()
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
