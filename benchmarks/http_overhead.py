@@ -24,7 +24,7 @@ import grpc.aio
 from google.protobuf import json_format
 
 from tether.v1 import reward_pb2, reward_pb2_grpc
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 
 PATH = "/tether.v1.RewardService/"
 CALLERS = 8

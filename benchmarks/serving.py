@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tether import ResourceExhaustedError, RewardClient, ScoreItem
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.reward.config import RewardSettings
 from tether_services.reward.engine import ScoreTask
 from tether_services.reward.engines.transformers import TransformersRewardEngine

@@ -12,7 +12,7 @@ from pathlib import Path
 from grpc import RpcError, StatusCode, insecure_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 
 START_SECONDS = 120.0
 

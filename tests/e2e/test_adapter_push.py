@@ -23,7 +23,7 @@ from tether import AdapterClient, GeneratorClient, SamplingParams
 from tether.adapter import ActiveAdapter, Adapter
 from tether.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from tether_services.cli.main import main
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.recipes.dpo import run_dpo
 
 pytestmark = pytest.mark.slow

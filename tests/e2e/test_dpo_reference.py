@@ -24,7 +24,7 @@ from tests.rpc.serving import LOCAL, serving
 from tests.unit.preference_inputs import dpo_config, write_pairs, write_rankings
 from tests.unit.test_dpo import built, sequence_logprob
 from tether.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.recipes.dpo import run_dpo
 from tether_services.recipes.pairs import completions_of
 from tether_services.recipes.reference_logprobs import ask_service, completion_logprobs

@@ -14,7 +14,7 @@ from tests.e2e.small_runs import World, assert_same, run_whole, tiny_run
 from tests.rpc.run_services import run_services
 from tests.rpc.serving import Served, run, serving
 from tether.orchestrator import OrchestratorClient, StepEvent
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.local.supervision import Child, ChildSpec
 from tether_services.orchestrator.engines.process import ProcessEngine
 from tether_services.orchestrator.service import OrchestratorService

@@ -23,14 +23,12 @@ from tether import Client, GeneratorClient, OrchestratorClient, ReferenceClient,
 from tether.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from tether_services.cli.main import main
 from tether_services.local.deployment import (
-    PORTS,
     USUAL_PORTS,
     LocalDeployment,
     LocalOptions,
-    free_ports,
-    is_free,
     service_settings,
 )
+from tether_services.local.ports import is_free
 from tether_services.local.supervision import Child, ChildSpec
 
 
@@ -292,14 +290,6 @@ def test_the_metrics_addresses_answer(tmp_path: Path) -> None:
             assert f"tether_{name}_" in await asyncio.to_thread(read_page, f"http://{address}/metrics")
 
     with_deployment(fake(tmp_path), use)
-
-
-def test_free_ports_are_different_and_nobody_listens_on_them() -> None:
-    ports = free_ports(20)
-    assert len(set(ports)) == 20 and set(ports) <= set(PORTS)
-    for port in ports:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
 
 
 def test_the_usual_ports_are_taken_only_if_all_of_them_are_free(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tether import DeadlineExceededError, RewardClient, ScoreItem, UnavailableError
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.local.supervision import HUNG_PROBES, Child, ChildSpec
 
 ITEM = ScoreItem("Once", " upon")

@@ -19,7 +19,7 @@ import tomli_w
 from tests.reliability.processes import Process, poll_until
 from tests.reliability.questions import Questions
 from tether.reward import RewardClient
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.runtime.threads import thread_environment
 
 __all__ = ["Replica", "load", "read_metric", "start_replicas"]

@@ -18,7 +18,7 @@ from tests.reliability.proxy import Proxy
 from tests.reliability.recording import Recorder
 from tether.adapter import AdapterClient
 from tether.orchestrator import OrchestratorClient, Run
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.runtime.history import HISTORY_VARIABLE
 from tether_services.runtime.threads import thread_environment
 

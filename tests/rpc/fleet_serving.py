@@ -15,7 +15,7 @@ from tests.rpc.generator_serving import Serving, serve_generator, settings
 from tether.adapter import AdapterProbe, AdapterPush
 from tether.generator import Generation, GeneratorClient, SamplingParams
 from tether_services.generator.verification import CONFIG_NAME, WEIGHTS_NAME
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.orchestrator.config import GeneratorAddress, OrchestratorSettings
 from tether_services.orchestrator.fleet import Fleet
 from tether_services.orchestrator.publishing import LocalAdapter

@@ -15,7 +15,7 @@ from tests.rpc.scripted_reward import ITEM, ScriptedReward, answer, fail_first
 from tests.rpc.scripted_server import serving
 from tether import DeadlineExceededError, FailedPreconditionError, RewardClient, UnavailableError
 from tether.breaker import BREAKER_OPEN
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 
 
 @pytest.mark.parametrize("retries", [True, False])

@@ -26,7 +26,7 @@ from tether.errors import (
 )
 from tether.reference import ReferenceClient
 from tether.reward import RewardClient
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.orchestrator.config import FailureConfig, OrchestratorSettings
 from tether_services.orchestrator.fleet import Fleet
 from tether_services.orchestrator.records import Attempt

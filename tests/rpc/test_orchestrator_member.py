@@ -14,7 +14,7 @@ from tests.rpc.generator_serving import serve_generator, settings
 from tests.rpc.serving import run
 from tether.errors import ResourceExhaustedError
 from tether.generator import Generation, GeneratorClient, SamplingParams
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.orchestrator import fleet as fleets
 from tether_services.orchestrator import member as members
 from tether_services.orchestrator.config import GeneratorAddress, OrchestratorSettings

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, Final, Literal, Self
 import tomli_w
 
 from tether.errors import FailedPreconditionError, InvalidArgumentError
+from tether_services.local.ports import free_ports, is_free
 from tether_services.local.supervision import HUNG_SECONDS, Child, ChildSpec, Report
 from tether_services.runtime.threads import thread_environment
 
@@ -23,8 +22,6 @@ Engine = Literal["transformers", "vllm", "fake"]
 
 DEMO_MODELS: Final = Path(__file__).parents[1] / "demo" / "models"
 """Folders `policy` and `reward`: small models that ship with the package."""
-PORTS: Final = range(20_000, 32_000)
-"""Below the range from which the kernel takes ports for outgoing connections, so that none is taken meanwhile."""
 METRICS_PORTS: Final = (9101, 9102, 9103, 9104)
 HTTP_PORTS: Final = (8051, 8052, 8053, 8054)
 USUAL_PORTS: Final = (50051, 50061, 50052, 50062, 50053, 50054, *METRICS_PORTS, *HTTP_PORTS)
@@ -288,25 +285,3 @@ def _choose_addresses(*, usual: bool) -> Addresses:
     http = dict(zip(SERVICES, others[len(SERVICES) :], strict=True))
     generator, adapter, reward, reward_models, reference, orchestrator = own
     return Addresses(generator, adapter, reward, reward_models, reference, orchestrator, metrics, http)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return that many different ports that nobody listens on at 127.0.0.1 now."""
-    found: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        if is_free(port):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise FailedPreconditionError(f"There are no {count} free ports between {PORTS[0]} and {PORTS[-1]}.")
-
-
-def is_free(port: int) -> bool:
-    """Return whether nobody listens on a port at 127.0.0.1 now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not hold a port
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

@@ -22,7 +22,7 @@ from tests.reliability.recording import Recorder
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.reliability.world import World, WorldPlan, open_world
 from tether.reward import RewardClient
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 
 REQUESTS: Final = (60_000, 1_000_000)
 """Of the short and the long form, over gRPC."""

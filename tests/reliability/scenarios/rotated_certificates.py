@@ -19,7 +19,7 @@ from tests.reliability.replicas import read_metric, start_replicas
 from tests.reliability.scenario import Outcome, Scenario, Trial
 from tests.rpc.certificates import Pair, ServiceFiles, authority, service_files, trusting
 from tether.v1 import reward_pb2, reward_pb2_grpc
-from tether_services.local.deployment import free_ports
+from tether_services.local.ports import free_ports
 from tether_services.reward.engines.fake import fake_text_score
 
 VALID, EXPIRED, FOREIGN = "valid", "expired", "of another authority"
