@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from tether.errors import FailedPreconditionError
 
@@ -31,7 +31,7 @@ class _Slice:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self._lock, ports = _lock_ports()
+        ports = _lock_ports()
         random.shuffle(ports)
         self._num_ports = len(ports)
         self._turns: Iterator[int] = itertools.cycle(ports)
@@ -64,20 +64,20 @@ def free_ports(count: int) -> list[int]:
     return _slices[-1].take(count)
 
 
-def _lock_ports() -> tuple[IO[bytes] | None, list[int]]:
-    """Return a locked file and its ports; where files cannot be locked or all are, none and all ports."""
+def _lock_ports() -> list[int]:
+    """Return the ports of a file that is locked for as long as the process lives; all where none can be locked."""
     folder = Path(tempfile.gettempdir()) / f"tether-ports-{os.getuid()}"
     starts = list(PORTS[::SLICE_PORTS])
     random.shuffle(starts)
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         for start in starts:
-            file = (folder / str(start)).open("ab")
+            descriptor = os.open(folder / str(start), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file, [*range(start, start + SLICE_PORTS)]
-            file.close()
-    return None, list(PORTS)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return [*range(start, start + SLICE_PORTS)]
+            os.close(descriptor)
+    return list(PORTS)
 
 
 def is_free(port: int) -> bool:
