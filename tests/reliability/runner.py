@@ -142,7 +142,7 @@ def limit_of(job: Job, *, long: bool, jobs: int) -> float:
     """Return the seconds that a job may take: more where others run beside it."""
     scenario = job.scenario
     alone = CONTROL_SECONDS if job.control else scenario.long_seconds if long else scenario.seconds
-    return alone * (jobs + 1 if jobs > 1 else 1)  # a light one takes no place
+    return alone * jobs
 
 
 def _run(job: Job, known: argparse.Namespace) -> Result:

@@ -63,7 +63,7 @@ def test_a_scenario_that_passes_and_whose_control_is_caught_is_a_success(
     assert printed.startswith("seed 5, short form")
     assert "PASS R1 good (0 s) kills: 3" in printed
     assert "PASS R1 good control (0 s) without a lock: I2 reported" in printed
-    assert re.search(r"2 runs in [0-9]+ s, 0 failed, 0 skipped; seed 5", printed)
+    assert "2 runs in 0 s, 0 failed, 0 skipped; seed 5" in printed
     assert not kept.exists()
 
 
@@ -108,7 +108,7 @@ def test_a_scenario_that_cannot_be_run_here_is_skipped_with_the_reason(
     assert runner.main(["--seed", "5"]) == 0
     printed = capsys.readouterr().out
     assert "R2 bad: skipped: there is no clock" in printed
-    assert re.search(r"3 runs in [0-9]+ s, 0 failed, 1 skipped; seed 5", printed)
+    assert "3 runs in 0 s, 0 failed, 1 skipped; seed 5" in printed
 
 
 def test_a_skipped_scenario_is_a_failure_where_none_may_be_skipped(
@@ -127,7 +127,7 @@ def test_a_time_limit_is_longer_where_several_run_at_the_same_time(kept: Path) -
         runner.limit_of(Job(SLOW, control=control), long=long, jobs=jobs)
         for control, long, jobs in ((False, False, 1), (False, False, 2), (False, True, 1), (True, True, 2))
     ]
-    assert limits == [SLOW.seconds, 3 * SLOW.seconds, SLOW.long_seconds, 3 * runner.CONTROL_SECONDS]
+    assert limits == [0.2, 0.4, SLOW.long_seconds, 2 * runner.CONTROL_SECONDS]
 
 
 @pytest.mark.parametrize(
@@ -230,9 +230,12 @@ def test_a_scenario_that_judges_latencies_has_the_machine_for_itself(tmp_path: P
 
 
 def test_a_scenario_whose_process_dies_fails_and_the_others_still_count(tmp_path: Path) -> None:
+    began = time.monotonic()
     done = run_program(tmp_path, "--jobs", "2")
+    took = time.monotonic() - began
     assert done.returncode == 1
-    assert re.search(r"^FAIL C \([0-9]+ s\) its process ended with status -9$", done.stdout, re.MULTILINE)
+    found = re.search(r"^FAIL C \(([0-9]+) s\) its process ended with status -9$", done.stdout, re.MULTILINE)
+    assert found is not None and int(found[1]) <= round(took)
     assert "3 runs in" in done.stdout and "1 failed, 0 skipped; seed 5" in done.stdout
     assert (tmp_path / "kept" / "C-5" / "history.jsonl").read_text() == "{}"
 

@@ -154,14 +154,15 @@ def count_tries(lines: Iterable[Mapping[str, Any]]) -> Tries:
 
     A version whose store is gone with its generator is sent again later: that is another push.
     """
-    begun, most = Counter[int](), 0
+    begun, most, active = Counter[int](), 0, 0
     for line in sorted(lines, key=lambda line: line.get("t", 0.0)):
         if line["kind"] == "pushing":
             begun[line["policy_version"]] += 1
             most = max(most, begun[line["policy_version"]])
         elif line["kind"] == "activated":
-            begun = Counter({version: count for version, count in begun.items() if version > line["policy_version"]})
-    return Tries(most, max(begun.values(), default=0))
+            active = line["policy_version"]
+            begun[active] = 0
+    return Tries(most, max((count for version, count in begun.items() if version >= active), default=0))
 
 
 def draw_next(left: list[str], tries: int) -> str:
