@@ -25,7 +25,7 @@ from tether_services.runtime.fault_points import PLAN_VARIABLE
 
 GENERATORS: Final = ("generator", SECOND)
 POINTS: Final = ("upload.chunk", "push.verified", "push.stored", "push.proven", "activate.persisted")
-"""Each is reached once in a push."""
+"""Each is reached once in a push, but `upload.chunk`: once for each of the two files."""
 RETURN_SECONDS: Final = 30.0
 """Longest time from the return of a generator to the next step."""
 POLL_SECONDS: Final = 0.02
@@ -59,10 +59,16 @@ def draw_lives(random: Random, faults: int) -> dict[str, list[list[str]]]:
     for number in range(faults):
         own = lives[random.choice(GENERATORS)]
         kill = number % 2 == 0
-        own[-1].append(f"{random.choice(POINTS)}@{len(own[-1]) + 2}={'kill' if kill else 'stop'}")
+        own[-1].append(f"{draw_point(random, len(own[-1]) + 2)}={'kill' if kill else 'stop'}")
         if kill:
             own.append([])
     return lives
+
+
+def draw_point(random: Random, push: int) -> str:
+    """Return a point and the occurrence that falls into this push of the process; of an upload its first file."""
+    point = random.choice(POINTS)
+    return f"{point}@{2 * push - 1 if point == 'upload.chunk' else push}"
 
 
 @dataclass(slots=True)
