@@ -96,7 +96,7 @@ def test_every_kind_of_call_shows_the_token(encrypted: bool, tmp_path: Path) -> 
                 "running",
                 "succeeded",
             ]
-            assert (await adapters._upload(adapters._stub.PushChunks, chunks(), 10)).committed_offset == 3
+            assert (await adapters._upload(adapters._stub.PushChunks, chunks, 10)).committed_offset == 3
             raw = reward_pb2_grpc.RewardServiceStub(channel)
             await raw.ListRewardModels(reward_pb2.ListRewardModelsRequest(), timeout=10)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -288,7 +288,9 @@ class _Calls:
     async def begin(self, request: adapter_pb2.BeginPushRequest) -> adapter_pb2.BeginPushResponse:
         return await self.client._call(self.client._stub.BeginPush, request, self.timeout_seconds)
 
-    async def send(self, chunks: AsyncIterator[adapter_pb2.PushChunksRequest]) -> adapter_pb2.PushChunksResponse:
+    async def send(
+        self, chunks: Callable[[], AsyncIterator[adapter_pb2.PushChunksRequest]]
+    ) -> adapter_pb2.PushChunksResponse:
         return await self.client._upload(self.client._stub.PushChunks, chunks, self.timeout_seconds)
 
     async def commit(self, request: adapter_pb2.CommitPushRequest) -> adapter_pb2.CommitPushResponse:

@@ -7,6 +7,7 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 from uuid import UUID, uuid5
@@ -127,8 +128,10 @@ class PushCalls(Protocol):
         """Announce."""
         ...
 
-    async def send(self, chunks: AsyncIterator[adapter_pb2.PushChunksRequest]) -> adapter_pb2.PushChunksResponse:
-        """Send one piece."""
+    async def send(
+        self, chunks: Callable[[], AsyncIterator[adapter_pb2.PushChunksRequest]]
+    ) -> adapter_pb2.PushChunksResponse:
+        """Send one piece; its chunks are asked for anew where it must be sent again."""
         ...
 
     async def commit(self, request: adapter_pb2.CommitPushRequest) -> adapter_pb2.CommitPushResponse:
@@ -192,7 +195,7 @@ class AdapterUpload:
             piece = await asyncio.to_thread(files.read, offset, PIECE_BYTES)
             if not piece:
                 raise InvalidArgumentError("A file has become shorter while it was sent.", field="folder")
-            sent = await self._calls.send(_chunks(begun, piece, offset))
+            sent = await self._calls.send(partial(_chunks, begun, piece, offset))
             if sent.committed_offset <= offset:
                 raise UnavailableError("The generator has taken none of the bytes.")
             offset = sent.committed_offset

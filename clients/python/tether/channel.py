@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import random
 import time
@@ -18,6 +17,7 @@ from tether.attempts import ATTEMPTS, pause_after
 from tether.breaker import BREAKER_OPEN, CircuitBreaker
 from tether.channel_options import channel_options, has_replicas
 from tether.credentials import Credentials, Tls, Token
+from tether.deadline import Deadline
 from tether.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from tether.health import answers, is_serving
 from tether.rotation import CredentialChannel
@@ -198,7 +198,7 @@ class ServiceClient:
     ) -> ResponseT:
         """Return the response of a unary call; every failure is a TetherError."""
         timeout = self._timeout(timeout_seconds)
-        return await self._guarded(lambda: method(request, timeout=timeout), timeout)
+        return await self._guarded(lambda left: method(request, timeout=left), timeout)
 
     async def _repeat(
         self,
@@ -234,7 +234,7 @@ class ServiceClient:
         while True:
             left = max(end - time.monotonic(), 0.0)
             try:
-                response = await self._guarded(functools.partial(method, request, timeout=left), timeout)
+                response = await self._guarded(lambda left: method(request, timeout=left), left, of_seconds=timeout)
             except UnavailableError as error:
                 if not self._retries or error.reason in NOT_WAITED_FOR:
                     raise
@@ -313,21 +313,35 @@ class ServiceClient:
     async def _upload(
         self,
         method: grpc.aio.StreamUnaryMultiCallable[RequestT, ResponseT],
-        requests: AsyncIterator[RequestT],
+        requests: Callable[[], AsyncIterator[RequestT]],
         timeout_seconds: float | None,
     ) -> ResponseT:
         """Return the response to a stream of requests; every failure is a TetherError."""
         timeout = self._timeout(timeout_seconds)
-        return await self._guarded(lambda: method(requests, timeout=timeout), timeout)
+        return await self._guarded(lambda left: method(requests(), timeout=left), timeout)
 
-    async def _guarded(self, begin: Callable[[], Awaitable[ResponseT]], timeout_seconds: float) -> ResponseT:
-        """Return the response of a call, begun only if the breaker lets it; every failure is a TetherError."""
+    async def _guarded(
+        self, begin: Callable[[float], Awaitable[ResponseT]], seconds: float, *, of_seconds: float | None = None
+    ) -> ResponseT:
+        """Return the response of a call, begun only if the breaker lets it; every failure is a TetherError.
+
+        Args:
+            begin: Makes the call with so many seconds; once more if the time of day jumps while it is begun.
+            seconds: What it has.
+            of_seconds: What the caller gave, for the message; None: the same.
+        """
 
         async def call() -> ResponseT:
+            deadline = Deadline(seconds)
             try:
-                return await begin()
+                try:
+                    return await begin(seconds)
+                except grpc.aio.AioRpcError as error:
+                    if not deadline.was_misread(error):
+                        raise
+                return await begin(deadline.left)
             except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error, target=self.target, timeout_seconds=timeout_seconds) from None
+                raise from_rpc_error(error, target=self.target, timeout_seconds=of_seconds or seconds) from None
 
         return await (call() if self.breaker is None else self.breaker.call(call))
 
@@ -346,11 +360,16 @@ class ServiceClient:
         timeout_seconds: float,
     ) -> AsyncIterator[ResponseT]:
         """Yield the responses of a server stream; every failure is a TetherError. Leaving it cancels the call."""
-        call = method(request, timeout=timeout_seconds)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, target=self.target, timeout_seconds=timeout_seconds) from None
-        finally:
-            call.cancel()
+        deadline, left = Deadline(timeout_seconds), timeout_seconds
+        while True:
+            call = method(request, timeout=left)
+            try:
+                async for response in call:
+                    yield response
+                return
+            except grpc.aio.AioRpcError as error:
+                if left < timeout_seconds or not deadline.was_misread(error):
+                    raise from_rpc_error(error, target=self.target, timeout_seconds=timeout_seconds) from None
+                left = deadline.left  # it has not begun, see Deadline
+            finally:
+                call.cancel()

@@ -56,6 +56,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, target: str, timeout_seconds:
     return _build(code, f"{target}: {details}", reason=code.name)
 
 
+def reason_of(error: grpc.aio.AioRpcError) -> str | None:
+    """Return the reason that the service gave for a failed call; None if the error is gRPC's own."""
+    status = _rich_status(error)
+    info = _detail(status, error_details_pb2.ErrorInfo()) if status is not None else None
+    return None if info is None else info.reason
+
+
 def from_status(status: status_pb2.Status) -> TetherError:
     """Return the typed error of a rich status."""
     code = BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
