@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +60,26 @@ class Throughput:
     def ratio(self) -> float:
         """Return served over bare."""
         return self.served / self.bare
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """One item, judged by both."""
+
+    bare: float
+    """Seconds of the bare engine."""
+    called: float
+    """Seconds of a call to the service."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRound:
+    """One item, judged twice in a row by both."""
+
+    unloaded: Latency
+    """The second time: nobody else has computed since."""
+    after_other: Latency
+    """The first time: right after the other one has computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +184,29 @@ async def compare_throughput(
 
 async def compare_latency(
     client: RewardClient, engine: TransformersRewardEngine, tasks: Sequence[ScoreTask]
-) -> list[tuple[float, float]]:
-    """Return (bare, called) seconds of each item; the engine is asked right before and right after the call."""
-    pairs = []
+) -> list[LatencyRound]:
+    """Return what each item takes; engine, service and engine again are asked in turn, each twice in a row.
+
+    What was asked first has its caches emptied by the other's forward pass, in the caller's own process: a load. The
+    second time nobody else has computed since.
+    """
+
+    async def twice(ask: Callable[[], Awaitable[object]]) -> tuple[float, float]:
+        return await seconds_of(ask()), await seconds_of(ask())
+
+    rounds = []
     for task, item in zip(tasks, as_items(tasks), strict=True):
-        before = await seconds_of(engine.score([task]))
-        called = await seconds_of(client.score([item], timeout_seconds=CALL_SECONDS))
-        after = await seconds_of(engine.score([task]))
-        pairs.append(((before + after) / 2, called))
-    return pairs
+        before = await twice(partial(engine.score, [task]))
+        called = await twice(partial(client.score, [item], timeout_seconds=CALL_SECONDS))
+        after = await twice(partial(engine.score, [task]))
+        bare = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
+        rounds.append(LatencyRound(unloaded=Latency(bare[1], called[1]), after_other=Latency(bare[0], called[0])))
+    return rounds
 
 
-def overheads(pairs: Sequence[tuple[float, float]]) -> list[float]:
+def overheads(latencies: Iterable[Latency]) -> list[float]:
     """Return what each call took longer than the bare engine, ascending."""
-    return sorted(called - bare for bare, called in pairs)
+    return sorted(latency.called - latency.bare for latency in latencies)
 
 
 FULL_QUEUE = ("max_items=512", "batch.queue_limit=512", "batch.max_items=512", "batch.max_tokens=100000")
@@ -245,14 +275,15 @@ async def print_throughput(client: RewardClient, engine: TransformersRewardEngin
 
 
 async def print_latency(client: RewardClient, engine: TransformersRewardEngine, *, num_items: int) -> None:
-    pairs = await compare_latency(client, engine, make_tasks(mixed_lengths(num_items)))
-    more = overheads(pairs)
+    rounds = await compare_latency(client, engine, make_tasks(mixed_lengths(num_items)))
+    unloaded = [found.unloaded for found in rounds]
     print("\nOne item at a time, nobody else calls\n")
     print("| | p50 | p90 |\n|---|---|---|")
     for name, values in (
-        ("bare engine", sorted(bare for bare, _ in pairs)),
-        ("call", sorted(called for _, called in pairs)),
-        ("call minus bare engine, item by item", more),
+        ("bare engine", sorted(latency.bare for latency in unloaded)),
+        ("call", sorted(latency.called for latency in unloaded)),
+        ("call minus bare engine, item by item", overheads(unloaded)),
+        ("the same right after the other one has computed", overheads(found.after_other for found in rounds)),
     ):
         print(f"| {name} | {milliseconds(percentile(values, 0.5))} | {milliseconds(percentile(values, 0.9))} |")
 
