@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import grpc
+import grpc.aio._channel
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
@@ -29,7 +29,6 @@ from tether.channel import ServiceClient, open_channel
 from tether.errors import TetherError
 from tether.health import is_serving
 from tether.v1 import adapter_pb2, generator_pb2, orchestrator_pb2, reference_pb2, reward_model_pb2, reward_pb2
-from tether_services.runtime.limits import NO_DEADLINE_SECONDS
 
 CONTRACT = (generator_pb2, adapter_pb2, reward_pb2, reward_model_pb2, reference_pb2, orchestrator_pb2)
 TIMEOUT_SECONDS = 7.0
@@ -178,7 +177,7 @@ def test_every_method_and_the_health_check_are_called_with_a_deadline(tmp_path: 
 def test_a_call_without_a_deadline_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
     write_adapter(tmp_path)
-    monkeypatch.setattr(ServiceClient, "_timeout", lambda self, seconds: NO_DEADLINE_SECONDS)
+    monkeypatch.setattr(grpc.aio._channel, "_timeout_to_deadline", lambda timeout: None)
     remaining = asyncio.run(record_all(tmp_path))
     endless = {name for name, times in remaining.items() if any(s is None or s > TIMEOUT_SECONDS + 1 for s in times)}
     assert {"StartRun", "ActivateAdapter", "PushChunks"} <= endless

@@ -198,7 +198,7 @@ class ServiceClient:
     ) -> ResponseT:
         """Return the response of a unary call; every failure is a TetherError."""
         timeout = self._timeout(timeout_seconds)
-        return await self._guarded(lambda left: method(request, timeout=left), timeout)
+        return await self._guarded(lambda seconds: method(request, timeout=seconds), timeout)
 
     async def _repeat(
         self,
@@ -234,7 +234,9 @@ class ServiceClient:
         while True:
             left = max(end - time.monotonic(), 0.0)
             try:
-                response = await self._guarded(lambda left: method(request, timeout=left), left, of_seconds=timeout)
+                response = await self._guarded(
+                    lambda seconds: method(request, timeout=seconds), left, of_seconds=timeout
+                )
             except UnavailableError as error:
                 if not self._retries or error.reason in NOT_WAITED_FOR:
                     raise
@@ -318,7 +320,7 @@ class ServiceClient:
     ) -> ResponseT:
         """Return the response to a stream of requests; every failure is a TetherError."""
         timeout = self._timeout(timeout_seconds)
-        return await self._guarded(lambda left: method(requests(), timeout=left), timeout)
+        return await self._guarded(lambda seconds: method(requests(), timeout=seconds), timeout)
 
     async def _guarded(
         self, begin: Callable[[float], Awaitable[ResponseT]], seconds: float, *, of_seconds: float | None = None

@@ -40,10 +40,11 @@ class Deadline:
     def was_misread(self, error: grpc.aio.AioRpcError) -> bool:
         """Return whether an error is due to a jump of the time of day since the beginning, and there is time left."""
         jump, left = _time_of_day_ahead() - self._ahead, self.left
-        reason = reason_of(error)
-        if reason is None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return 0 < left <= jump
-        return reason == "DEADLINE_TOO_LONG" and jump < -JUMP_SECONDS and left > 0
+        if left == 0 or -JUMP_SECONDS <= jump < left:
+            return False
+        if jump < 0:
+            return reason_of(error) == "DEADLINE_TOO_LONG"
+        return reason_of(error) is None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def _time_of_day_ahead() -> float:
